@@ -1,0 +1,20 @@
+# A small GPT on the source code of Python's standard library, in minutes on a laptop's CPU.
+#   python prepare.py python --out data/python --tokenizer bytes
+data = "data/python"
+block_size = 256
+batch_size = 16
+max_steps = 600
+eval_interval = 100
+eval_tokens = 2**16
+save_interval = 100
+
+n_layer = 4
+n_head = 4
+n_embd = 256
+bias = False
+pos = "alibi"
+
+learning_rate = 2e-3
+min_lr = 2e-4
+warmup_steps = 50
+beta2 = 0.99

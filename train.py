@@ -1,0 +1,579 @@
+"""Train a GPT.
+
+    python train.py configs/quickstart.py                               one process
+    python train.py configs/quickstart.py --max_steps=20 --dtype=float32
+    torchrun --nproc_per_node=8 train.py configs/1.1B.py                one node of 8 GPUs
+
+A config file is plain assignments to the keys of Config below; --key=value comes after it and
+wins. The run is named after its config file. It writes, for configs/NAME.py, into out_dir:
+
+    NAME.pt         the model with the best validation loss so far (what eval.py and grow.py read)
+    NAME.state.pt   everything needed to go on: the same command continues from it
+    NAME.jsonl      the log; its first line holds config, versions, device, commit and data
+    NAME.png        training and validation perplexity over tokens seen
+"""
+import ctypes
+import difflib
+import json
+import math
+import os
+import platform
+import runpy
+import signal
+import subprocess
+import sys
+import time
+import types
+import typing
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from model import OPENAI, GPT, GPTConfig, ModelError, atomic_save, load, load_pickle, save
+from prepare import DataError, get_tokenizer, open_bin, token_bytes
+
+
+class ConfigError(ValueError):
+    """A key, a value or a combination that cannot be trained; the message is one line."""
+
+
+# ---------------------------------------------------------------------------------------------
+# Configuration
+
+
+@dataclass
+class Config:
+    # where
+    data: str = ""                      # folder with train.bin and val.bin (prepare.py makes them)
+    out_dir: str = "out"
+    init_from: str = ""                 # a .pt, a Hugging Face folder, gpt2 ... gpt2-xl; "": scratch
+    resume: bool = True                 # go on from NAME.state.pt where it exists
+    seed: int = 1337
+    # how
+    device: str = "auto"                # auto: cuda, else mps, else cpu
+    dtype: str = "auto"                 # float32 or bfloat16 (autocast); auto: the faster one here
+    compile: bool | None = None         # torch.compile; None: on CUDA only
+    # batches; block_size and batch_size do not depend on the number of processes
+    block_size: int = 1024              # tokens of context
+    batch_size: int = 512               # sequences per step, over all processes
+    micro_batch_size: int | None = None     # sequences at once per process; None: its whole share
+    # length: training ends at the first of those that are set
+    max_steps: int | None = None
+    max_tokens: int | None = None
+    max_epochs: float | None = None
+    # every so many steps
+    eval_interval: int = 500
+    eval_tokens: int = 2**18            # validation tokens each time, always the same ones
+    save_interval: int = 500
+    log_interval: int = 10
+    # optimizer
+    optimizer: str = "adamw"            # adamw or adafactor
+    learning_rate: float = 6e-4
+    min_lr: float = 6e-5                # where the schedule ends
+    warmup_steps: int = 2000
+    schedule: str = "cosine"            # cosine, linear or constant
+    weight_decay: float = 0.1           # on matrices; biases and layer norms have none
+    beta1: float = 0.9
+    beta2: float = 0.95
+    grad_clip: float = 1.0              # largest norm of the gradient; 0: no clipping
+    # model; with init_from the checkpoint gives the shape, and keys set here must agree with it
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = True
+    pos: str = "learned"                # learned or alibi
+
+
+SHAPE = ("n_layer", "n_head", "n_embd", "bias", "pos")
+CHOICES = dict(device=("auto", "cuda", "mps", "cpu"), dtype=("auto", "float32", "bfloat16"),
+               optimizer=("adamw", "adafactor"), schedule=("cosine", "linear", "constant"),
+               pos=("learned", "alibi"))
+POSITIVE = ("block_size", "batch_size", "micro_batch_size", "max_steps", "max_tokens", "max_epochs",
+            "eval_interval", "eval_tokens", "save_interval", "log_interval", "n_layer", "n_head", "n_embd")
+
+
+def configure(argv, world=1):
+    """(Config, names of the keys that were set, run name) from a config file and --key=value words.
+
+    world: the number of processes that share a batch. Raises ConfigError, before anything is loaded.
+    """
+    if not argv or argv[0].startswith("--"):
+        raise ConfigError("expected a config file first: python train.py configs/NAME.py [--key=value ...]")
+    path, *overrides = argv
+    if not os.path.isfile(path):
+        raise ConfigError(f"{path}: no such config file")
+    try:
+        values = {k: v for k, v in runpy.run_path(path).items() if not k.startswith("_")}
+    except Exception as e:      # whatever a wrong line in it raises
+        raise ConfigError(f"{path}: {type(e).__name__}: {e}") from None
+    settings = [(path, key, value) for key, value in values.items()]
+    for word in overrides:
+        key, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or not equals:
+            raise ConfigError(f"{word}: expected --key=value")
+        settings.append((word, key, value))
+
+    config = Config()
+    types_ = typing.get_type_hints(Config)
+    for source, key, value in settings:
+        if key not in types_:
+            near = difflib.get_close_matches(key, types_, n=1)
+            raise ConfigError(f"{source}: unknown key {key}" + (f", did you mean {near[0]}?" if near else
+                              "; the keys are those of Config in train.py"))
+        setattr(config, key, convert(value, types_[key], f"{source}: {key}", from_text=source != path))
+    check(config, path, world)
+    return config, {key for _, key, _ in settings}, os.path.basename(path).removesuffix(".py")
+
+
+def convert(value, type_, name, from_text):
+    """value as type_ (int, float, bool, str, or one of them | None). Raises ConfigError."""
+    options = typing.get_args(type_) if isinstance(type_, types.UnionType) else (type_,)
+    wanted = options[0]
+    try:
+        if from_text and wanted is not str:
+            if value.lower() == "none" and types.NoneType in options:
+                return None
+            value = {"true": True, "false": False}[value.lower()] if wanted is bool else float(value)
+        if type(value) in options:
+            return value
+        if wanted in (int, float) and type(value) in (int, float) and wanted(value) == value:
+            return wanted(value)
+    except (KeyError, ValueError, OverflowError):
+        pass
+    expected = " or ".join("None" if t is types.NoneType else t.__name__ for t in options)
+    raise ConfigError(f"{name} = {value!r}, expected {expected}")
+
+
+def check(config, path, world):
+    """Refuse what cannot be trained. Raises ConfigError."""
+    for key, choices in CHOICES.items():
+        if getattr(config, key) not in choices:
+            raise ConfigError(f'{path}: {key} = "{getattr(config, key)}", expected one of {", ".join(choices)}')
+    for key in POSITIVE:
+        if getattr(config, key) is not None and getattr(config, key) <= 0:
+            raise ConfigError(f"{path}: {key} = {getattr(config, key)}, expected more than 0")
+    if not config.data:
+        raise ConfigError(f"{path}: data is not set; expected a folder that prepare.py made")
+    if config.max_steps is config.max_tokens is config.max_epochs is None:
+        raise ConfigError(f"{path}: no length; set max_steps, max_tokens or max_epochs")
+    micro = config.micro_batch_size or config.batch_size // world
+    if micro == 0 or config.batch_size % (world * micro):
+        raise ConfigError(f"{path}: batch_size = {config.batch_size} is not a multiple of {world} processes "
+                          f"x micro_batch_size {micro or 1}")
+    try:
+        GPTConfig(**{key: getattr(config, key) for key in ("block_size", "dropout", *SHAPE)})
+    except ModelError as e:
+        raise ConfigError(f"{path}: {e}") from None
+
+
+# ---------------------------------------------------------------------------------------------
+# Data: which tokens a step sees is a pure function of (seed, step)
+
+
+def count_blocks(tokens, block_size, path):
+    """Blocks of block_size tokens, each with its targets one token on. Raises DataError if none."""
+    if len(tokens) <= block_size:
+        raise DataError(f"{path}: {len(tokens):,} tokens, expected more than block_size={block_size}")
+    return (len(tokens) - 1) // block_size
+
+
+class Loader:
+    """Batches of blocks in a new random order each epoch, every block once.
+
+    Sample i of a step is the same for any number of processes, so a run needs no loader state to
+    resume, and sees the same batches when it is moved to more GPUs.
+    """
+
+    def __init__(self, tokens, block_size, batch_size, seed, path):
+        self.tokens, self.block_size, self.batch_size, self.seed = tokens, block_size, batch_size, seed
+        self.n_blocks = count_blocks(tokens, block_size, path)
+        self.epoch = None
+
+    def block(self, sample):
+        """Block number of the sample-th sample since the start of training."""
+        epoch, i = divmod(sample, self.n_blocks)
+        if epoch != self.epoch:     # numpy guarantees that RandomState's streams never change
+            self.epoch, self.order = epoch, np.random.RandomState([self.seed, epoch]).permutation(self.n_blocks)
+        return self.order[i]
+
+    def batch(self, step, rank=0, world=1):
+        """This rank's share of a step: (batch_size / world, block_size + 1) int64 on the CPU."""
+        share, T = self.batch_size // world, self.block_size
+        first = step * self.batch_size + rank * share
+        starts = [self.block(first + i) * T for i in range(share)]
+        return torch.from_numpy(np.stack([self.tokens[s:s + T + 1] for s in starts]).astype(np.int64))
+
+
+# ---------------------------------------------------------------------------------------------
+# The step
+
+
+def learning_rate(step, config, max_steps):
+    """Linear warmup over warmup_steps, then the schedule down to min_lr at max_steps."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.learning_rate
+    progress = (step - config.warmup_steps) / max(1, max_steps - config.warmup_steps)
+    share = 1 - progress if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return config.min_lr + share * (config.learning_rate - config.min_lr)
+
+
+def make_optimizer(model, config):
+    """AdamW (Loshchilov & Hutter 2019) or Adafactor (Shazeer & Stern 2018); decay on matrices only."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [dict(params=matrices, weight_decay=config.weight_decay), dict(params=vectors, weight_decay=0.0)]
+    if config.optimizer == "adafactor":
+        return torch.optim.Adafactor(groups, lr=config.learning_rate)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
+
+
+def train_step(model, optimizer, rows, micro_batch_size, autocast, grad_clip):
+    """One optimizer step over rows (share, T + 1), micro_batch_size of them at a time.
+
+    Returns the mean loss and the gradient's norm before clipping, both still on the device.
+    """
+    micro_batches = rows.split(micro_batch_size)
+    loss_sum = 0
+    for i, micro_batch in enumerate(micro_batches):
+        idx, targets = micro_batch[:, :-1], micro_batch[:, 1:]      # each (B, T)
+        last = i == len(micro_batches) - 1          # gradients are averaged over ranks once a step
+        with nullcontext() if last or not dist.is_initialized() else model.no_sync():
+            with autocast:
+                loss = model(idx, targets) / len(micro_batches)
+            loss.backward()
+        loss_sum += loss.detach()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss_sum, norm
+
+
+def evaluate(model, tokens, config, autocast, rank=0, world=1):
+    """Mean loss in nats per token, and the target tokens it was measured on (a numpy array).
+
+    The blocks are spread evenly over the bin and always the same; ranks share them.
+    """
+    T = config.block_size
+    n = (len(tokens) - 1) // T
+    count = min(n, math.ceil(config.eval_tokens / T))
+    starts = np.arange(count) * n // count * T
+    batch_size = config.micro_batch_size or config.batch_size // world
+    total = torch.tensor(model.total_loss(tokens, starts[rank::world], T, batch_size, autocast))
+    if world > 1:
+        total = total.to(model.wte.weight.device)
+        dist.all_reduce(total)
+    return total.item() / (count * T), np.concatenate([tokens[s + 1:s + T + 1] for s in starts])
+
+
+# ---------------------------------------------------------------------------------------------
+# The machine
+
+
+def keep_memory():
+    """Let glibc keep freed memory instead of handing it back to the kernel.
+
+    On the CPU each step allocates the same activations again; fetching every one anew, page by
+    page, costs up to half of a step.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):       # not glibc
+        return
+    M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8
+    for key, value in ((M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**26), (M_MMAP_MAX, 0), (M_ARENA_MAX, 1)):
+        mallopt(key, value)
+
+
+def faster_dtype(device):
+    """("bfloat16" or "float32", why): the one in which this device multiplies matrices faster."""
+    if device.type == "cuda":
+        has = torch.cuda.get_device_capability(device) >= (8, 0)
+        return ("bfloat16", "has bf16 units") if has else ("float32", "has no bf16 units")
+    speed = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.randn(768, 768, device=device).to(dtype)
+        seconds = []
+        for _ in range(6):
+            start = time.perf_counter()
+            (a @ a).sum().item()            # .item() waits for the device
+            seconds.append(time.perf_counter() - start)
+        speed[dtype] = 2 * 768**3 / min(seconds) / 1e9
+    fast = speed[torch.bfloat16] > 1.2 * speed[torch.float32]
+    return ("bfloat16" if fast else "float32",
+            f"measured {speed[torch.float32]:,.0f} GFLOP/s in fp32, {speed[torch.bfloat16]:,.0f} in bf16")
+
+
+def commit():
+    """The repository's commit, with a + where files differ from it; None outside a checkout."""
+    git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty=+",
+           "--exclude=*", "--abbrev=12"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def perplexity(loss):
+    return math.exp(min(loss, 50))      # a loss gone wild must not end the run
+
+
+def clock(seconds):
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+# ---------------------------------------------------------------------------------------------
+# The log
+
+
+class Log:
+    """NAME.jsonl, one JSON object a line, and the curve drawn from it."""
+
+    def __init__(self, path, header, step):
+        """Start a new log, or, going on from a state saved at `step`, drop what came after it."""
+        self.path, records = path, [header]
+        if step and os.path.exists(path):
+            with open(path) as f:
+                records = [json.loads(line) for line in f if line.endswith("\n")]
+            # at `step` itself training lines stand, evaluation is about to happen again
+            records = [r for r in records if "config" in r or r["step"] < step
+                       or r["step"] == step and "val_loss" not in r]
+        with open(f"{path}.tmp", "w") as f:
+            f.writelines(json.dumps(record) + "\n" for record in records)
+        os.replace(f"{path}.tmp", path)
+        self.records = records
+
+    def write(self, **record):
+        self.records.append(record)
+        with open(self.path, "a") as f:
+            f.write(json.dumps(record) + "\n")
+
+    def plot(self, path):
+        import matplotlib       # here, for only rank 0 draws
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+        figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+        for key, label, style in (("loss", "training", "-"), ("val_loss", "validation", "o-")):
+            points = [(r["tokens"], perplexity(r[key])) for r in self.records if key in r]
+            if points:
+                axes.plot(*zip(*points), style, label=label, lw=1, ms=3)
+        axes.set(xlabel="tokens seen", ylabel="perplexity per token", yscale="log",
+                 title=os.path.basename(path).removesuffix(".png"))
+        axes.grid(alpha=0.3, which="both")
+        axes.legend()
+        figure.savefig(f"{path}.tmp", dpi=120, format="png")
+        os.replace(f"{path}.tmp", path)
+        plt.close(figure)
+
+
+# ---------------------------------------------------------------------------------------------
+
+
+def make_model(config, given, meta):
+    """(model, lineage) as init_from says. Raises ModelError, ConfigError."""
+    if not config.init_from:
+        shape = {key: getattr(config, key) for key in ("block_size", "dropout", *SHAPE)}
+        return GPT(GPTConfig(vocab_size=meta["vocab_size"], **shape)), []
+    if config.init_from in OPENAI or os.path.isdir(config.init_from):
+        model, source = GPT.from_pretrained(config.init_from), {}
+    else:
+        model, source = load(config.init_from)
+    for key in SHAPE:
+        have, asked = getattr(model.config, key), getattr(config, key)
+        if key in given and have != asked:
+            raise ConfigError(f"{config.init_from}: {key} is {have}, but the config asks for {asked}")
+    if source.get("tokenizer", meta["tokenizer"]) != meta["tokenizer"]:
+        raise ConfigError(f"{config.init_from}: trained on {source['tokenizer']} tokens, but {config.data} "
+                          f"holds {meta['tokenizer']} tokens")
+    if meta["vocab_size"] > model.config.vocab_size:
+        raise ConfigError(f"{config.init_from}: a vocabulary of {model.config.vocab_size}, but {config.data} "
+                          f"uses {meta['vocab_size']} tokens")
+    model.crop_block_size(config.block_size)
+    model.config.dropout = config.dropout
+    parent = {key: source[key] for key in ("step", "tokens", "val_loss", "how") if key in source}
+    return model, source.get("lineage", []) + [{"from": config.init_from, **parent}]
+
+
+def main(argv):
+    # one process, or one of torchrun's
+    rank, local_rank, world = (int(os.environ.get(k, d)) for k, d in
+                               (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    master = rank == 0
+    say = print if master else lambda *_: None
+    config, given, name = configure(argv, world)
+
+    best_device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = torch.device(best_device if config.device == "auto" else config.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    if device.type == "cpu":
+        keep_memory()
+    distributed = "RANK" in os.environ
+    if distributed:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+    # data
+    train_path, val_path = (os.path.join(config.data, f"{side}.bin") for side in ("train", "val"))
+    train_tokens, meta = open_bin(train_path)
+    val_tokens, _ = open_bin(val_path)
+    loader = Loader(train_tokens, config.block_size, config.batch_size, config.seed, train_path)
+    count_blocks(val_tokens, config.block_size, val_path)
+    tokenizer = get_tokenizer(meta["tokenizer"])
+    bytes_of = token_bytes(tokenizer)
+    fingerprint = meta["splits"]["train"]["sha256"]
+    tokens_per_step = config.batch_size * config.block_size
+    max_steps = math.ceil(min(
+        config.max_steps or math.inf,
+        (config.max_tokens or math.inf) / tokens_per_step,
+        (config.max_epochs or math.inf) * loader.n_blocks / config.batch_size))
+
+    # the model, new or where its last run stopped
+    path = os.path.join(config.out_dir, name)
+    os.makedirs(config.out_dir, exist_ok=True)
+    torch.manual_seed(config.seed)
+    state = None
+    if config.resume and os.path.exists(f"{path}.state.pt"):
+        state = load_pickle(f"{path}.state.pt")
+        if not isinstance(state, dict) or "optimizer" not in state:
+            raise ModelError(f"{path}.state.pt: not a state of train.py")
+        for key in ("block_size", "batch_size", "optimizer", "seed", *SHAPE):
+            if key in given and state["config"][key] != getattr(config, key):
+                raise ConfigError(f"{path}.state.pt: {key} was {state['config'][key]}, now it is "
+                                  f"{getattr(config, key)}; pass --resume=false to start over")
+        if state["fingerprint"] != fingerprint:
+            raise ConfigError(f"{path}.state.pt: trained on other data than {train_path} holds now; pass "
+                              "--resume=false to start over")
+        model, lineage = GPT(GPTConfig(**state["model_config"])), state["lineage"]
+        model.load_state_dict(state["model"])
+        model.config.dropout = config.dropout
+    else:
+        model, lineage = make_model(config, given, meta)
+    model.to(device).train()
+    optimizer = make_optimizer(model, config)
+    step, best = 0, math.inf
+    dtype, why = (config.dtype, "as configured") if config.dtype != "auto" else (None, "")
+    if state:
+        optimizer.load_state_dict(state["optimizer"])
+        step, best = state["step"], state["best"]
+        dtype, why = (dtype, why) if dtype else (state["dtype"], "as before")
+    if dtype is None:
+        dtype, why = faster_dtype(device)
+        if distributed:         # one choice for all ranks
+            choice = [dtype, why]
+            dist.broadcast_object_list(choice, device=device)
+            dtype, why = choice
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+
+    compiled = device.type == "cuda" if config.compile is None else config.compile
+    if compiled:
+        model.compile()
+    runner = model
+    if distributed:
+        runner = DistributedDataParallel(model, device_ids=[local_rank] if device.type == "cuda" else None)
+
+    say(f"{name}: {model.num_params() / 1e6:.1f}M parameters, {meta['tokenizer']} tokens, "
+        f"{len(train_tokens):,} for training from {config.data}")
+    say(f"{world} process{'es' * (world > 1)} on {device.type}, {dtype} ({why}), {max_steps} steps of "
+        f"{tokens_per_step:,} tokens, {max_steps * config.batch_size / loader.n_blocks:.2f} epochs")
+    if state:
+        say(f"going on from {path}.state.pt at step {step}; --resume=false starts over")
+    log = None
+    if master:
+        versions = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
+        log = Log(f"{path}.jsonl", dict(
+            config=asdict(config), parameters=model.num_params(), dtype=dtype, world=world, versions=versions,
+            device=torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or device.type,
+            commit=commit(), data=fingerprint, lineage=lineage), step)
+
+    # SIGINT and SIGTERM: finish the step, save, leave
+    stop = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.append(True))
+
+    def save_state():
+        atomic_save(dict(model=model.state_dict(), model_config=asdict(model.config), step=step, best=best,
+                         optimizer=optimizer.state_dict(), config=asdict(config), dtype=dtype,
+                         fingerprint=fingerprint, lineage=lineage), f"{path}.state.pt")
+
+    micro = config.micro_batch_size or config.batch_size // world
+    began, began_step = time.time(), step
+    since, since_step = began, step
+    while True:
+        if step % config.eval_interval == 0 or step >= max_steps:
+            val_loss, targets = evaluate(model, val_tokens, config, autocast, rank, world)
+            bits_per_byte = val_loss * len(targets) / math.log(2) / bytes_of[targets].sum()
+            say(f"step {step:6}   val loss {val_loss:.4f}   perplexity {perplexity(val_loss):,.2f}   "
+                f"bits per byte {bits_per_byte:.4f}")
+            if master:
+                log.write(step=step, tokens=step * tokens_per_step, val_loss=val_loss, bits_per_byte=bits_per_byte)
+                if val_loss < best:
+                    save(f"{path}.pt", model, step=step, tokens=step * tokens_per_step, val_loss=val_loss,
+                         tokenizer=meta["tokenizer"], data=config.data, fingerprint=fingerprint,
+                         lineage=lineage)
+                log.plot(f"{path}.png")
+            best = min(best, val_loss)
+            since, since_step = time.time(), step
+        if step >= max_steps:
+            break
+
+        lr = learning_rate(step, config, max_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        # dropout, the only draw in a step, depends on (seed, step, rank) alone
+        torch.manual_seed(int(np.random.SeedSequence([config.seed, step, rank]).generate_state(1)[0]))
+        rows = loader.batch(step, rank, world)
+        if device.type == "cuda":
+            rows = rows.pin_memory()
+        rows = rows.to(device, non_blocking=True)
+        loss, norm = train_step(runner, optimizer, rows, micro, autocast, config.grad_clip)
+        step += 1
+
+        # the step's one wait for the device; loss and the wish to stop are shared by all ranks
+        report = torch.stack([loss, torch.full_like(loss, bool(stop))])
+        if distributed:
+            dist.all_reduce(report)
+        loss, stopping = report[0].item() / world, report[1].item() > 0
+
+        if step % config.log_interval == 0 or step == max_steps:
+            now = time.time()
+            speed = (step - since_step) * tokens_per_step / (now - since)
+            left = (max_steps - step) * (now - began) / (step - began_step)
+            since, since_step = now, step
+            say(f"step {step:6}/{max_steps}   {step * tokens_per_step / 1e6:.2f}M tokens   loss {loss:.4f}   "
+                f"norm {norm.item():.2f}   lr {lr:.2e}   {speed:,.0f} tok/s   left {clock(left)}")
+            if master:
+                log.write(step=step, tokens=step * tokens_per_step, loss=loss, norm=norm.item(), lr=lr,
+                          tokens_per_second=round(speed))
+        if master and (step % config.save_interval == 0 or step == max_steps or stopping):
+            save_state()
+        if stopping:
+            say(f"stopped at step {step}; the same command goes on from {path}.state.pt")
+            break
+
+    if master and step >= max_steps:
+        start = torch.tensor([[tokenizer.eot_token]], device=device)
+        generator = torch.Generator(device).manual_seed(config.seed)
+        with autocast:
+            tokens = model.eval().generate(start, 400, temperature=0.7, generator=generator)[0, 1:].tolist()
+        say(f"\na sample of 400 tokens:\n\n{tokenizer.decode(tokens)}\n\n"
+            f"validation perplexity {perplexity(val_loss):,.2f}, {bits_per_byte:.4f} bits per byte, on "
+            f"{len(targets):,} of {len(val_tokens):,} tokens\n"
+            f"checkpoint {path}.pt\nlog        {path}.jsonl\ncurve      {path}.png")
+    if distributed:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (ConfigError, DataError, ModelError, OSError) as e:
+        sys.exit(f"train.py: {e}" if os.environ.get("RANK", "0") == "0" else 1)
