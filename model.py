@@ -75,7 +75,8 @@ layer_norm = layer_norm_ref     # no kernel yet: on every device the definition 
 def attention_ref(q, k, v, slopes=None, dropout_p=0.0):
     """Causal attention (Vaswani et al. 2017), optionally with ALiBi (Press et al. 2022).
 
-    q, k, v: (B, H, T, D); slopes: (H,) or None. Returns (B, H, T, D) in v's dtype.
+    q, k, v: (B, H, T, D); slopes: (H,) or None. Returns (B, H, T, D) in v's dtype. With bf16 inputs
+    the products q k^T are rounded to bf16 before they meet the bias and the softmax in fp32.
     """
     T, D = q.shape[-2:]
     i = torch.arange(T, device=q.device, dtype=at_least_fp32(q.dtype))
@@ -391,7 +392,7 @@ def load_pickle(path):
         raise ModelError(f"{path}: no such checkpoint")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError):
+    except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError):
         raise ModelError(f"{path}: not a checkpoint, or cut short")
 
 

@@ -410,8 +410,11 @@ def main(argv):
     say = print if master else lambda *_: None
     config, given, name = configure(argv, world)
 
-    best_device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    device = torch.device(best_device if config.device == "auto" else config.device)
+    here = [d for d, has in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()),
+                             ("cpu", True)) if has]
+    if config.device not in ("auto", *here):
+        raise ConfigError(f"device = {config.device}: torch sees none here, only {', '.join(here)}")
+    device = torch.device(here[0] if config.device == "auto" else config.device)
     if device.type == "cuda":
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)

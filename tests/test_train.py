@@ -1,0 +1,362 @@
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import model as m
+import train as t
+from model import GPT, GPTConfig
+from train import Config, ConfigError, Loader, configure, learning_rate, make_optimizer, train_step
+
+
+def records(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def curve(path):
+    """The log without what depends on the clock."""
+    return [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in records(path)[1:]]
+
+
+def torchrun(n, *words, cwd):
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}", "--master_port=0",
+                           "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(ROOT / "train.py"), *words],
+                          cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+
+
+# ---- configuration
+
+
+def config_file(tmp_path, text=TINY):
+    path = tmp_path / "tiny.py"
+    path.write_text(text)
+    return str(path)
+
+
+def test_command_line_wins_over_file_over_defaults(tmp_path):
+    path = config_file(tmp_path)
+    config, given, name = configure([path, "--learning_rate=3e-3", "--compile=true", "--max_steps=1e3",
+                                     "--max_epochs=2", "--init_from=12"])
+    assert name == "tiny" and "learning_rate" in given and "beta1" not in given
+    assert config.learning_rate == 3e-3 and config.compile is True and config.max_epochs == 2.0
+    assert config.max_steps == 1000 and type(config.max_steps) is int
+    assert config.init_from == "12" and config.n_embd == 32 and config.beta1 == Config().beta1
+    assert configure([path, "--max_epochs=1", "--max_steps=none"])[0].max_steps is None
+
+
+WRONG = [   # words after the config file, what the message must contain
+    (["--n_layers=3"], ["--n_layers=3", "n_layer?"]),
+    (["--xyzzy=3"], ["unknown key xyzzy"]),
+    (["--n_layer=three"], ["n_layer", "'three'", "int"]),
+    (["--n_layer=2.5"], ["n_layer", "int"]),
+    (["--n_layer=none"], ["n_layer", "int"]),
+    (["--bias=maybe"], ["bias", "bool"]),
+    (["--learning_rate=fast"], ["learning_rate", "float"]),
+    (["--n_layer=0"], ["n_layer", "more than 0"]),
+    (["--optimizer=sgd"], ["optimizer", "adamw, adafactor"]),
+    (["--n_embd=33"], ["n_embd=33", "n_head=2"]),
+    (["--max_steps=none"], ["max_steps, max_tokens or max_epochs"]),
+    (["--data="], ["data is not set"]),
+    (["--batch_size=8", "--micro_batch_size=3"], ["batch_size = 8", "micro_batch_size 3"]),
+    (["--dropout=1.5"], ["dropout"]),
+    (["n_layer=3"], ["expected --key=value"]),
+]
+
+
+@pytest.mark.parametrize("words, parts", WRONG, ids=[" ".join(w) for w, _ in WRONG])
+def test_wrong_words_are_refused_by_name(words, parts, tmp_path):
+    with pytest.raises(ConfigError) as e:
+        configure([config_file(tmp_path), *words])
+    assert all(part in str(e.value) for part in parts) and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("text, parts", [
+    ("n_layers = 3", ["n_layers", "n_layer?"]), ("n_layer = '3'", ["n_layer", "'3'", "int"]),
+    ("n_layer = True", ["n_layer", "int"]), ("n_layer = ", ["SyntaxError"]), ("import math", ["unknown key math"]),
+    ("n_layer = 1 / 0", ["ZeroDivisionError"])])
+def test_wrong_config_files_are_refused_by_name(text, parts, tmp_path):
+    path = config_file(tmp_path, TINY + text)
+    with pytest.raises(ConfigError) as e:
+        configure([path])
+    assert all(part in str(e.value) for part in [path, *parts])
+
+
+def test_batch_must_divide_over_the_processes(tmp_path):
+    with pytest.raises(ConfigError, match="3 processes"):
+        configure([config_file(tmp_path)], world=3)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.name)
+def test_every_config_of_the_repository_is_valid(path):
+    configure([str(path)])
+
+
+@pytest.mark.parametrize("name, millions", [("580M", 587), ("760M", 757), ("1.1B", 1096), ("gpt2", 124)])
+def test_configs_have_the_size_of_their_name(name, millions):
+    config = configure([str(ROOT / "configs" / f"{name}.py")])[0]
+    with torch.device("meta"):
+        model = GPT(GPTConfig(block_size=config.block_size, **{k: getattr(config, k) for k in t.SHAPE}))
+    assert model.num_params() / 1e6 == pytest.approx(millions, abs=1)
+
+
+# ---- data order
+
+
+def test_an_epoch_is_a_permutation_and_the_next_one_another():
+    tokens = np.arange(10 * 7 + 3, dtype=np.uint16)
+    loader = Loader(tokens, block_size=7, batch_size=5, seed=1, path="x")
+    batches = torch.cat([loader.batch(step) for step in range(4)])      # 20 samples: two epochs of 10
+    starts = batches[:, 0].tolist()
+    assert sorted(starts[:10]) == sorted(starts[10:]) == [7 * i for i in range(10)]
+    assert starts[:10] != starts[10:] and starts[:10] != sorted(starts[:10])
+    for row in batches:     # each block is 7 tokens and the target of the last
+        assert row.tolist() == list(range(row[0], row[0] + 8))
+    other = Loader(tokens, block_size=7, batch_size=5, seed=2, path="x")
+    assert not torch.equal(other.batch(0), loader.batch(0))
+
+
+def test_batches_do_not_depend_on_processes_or_history():
+    tokens = np.random.RandomState(0).randint(0, 9, 1000).astype(np.uint16)
+    loader = Loader(tokens, block_size=16, batch_size=8, seed=1, path="x")
+    in_order = [loader.batch(step) for step in range(20)]
+    for step in (19, 3, 11):        # a fresh loader, any step first
+        fresh = Loader(tokens, block_size=16, batch_size=8, seed=1, path="x")
+        for world in (1, 2, 8):
+            assert torch.equal(torch.cat([fresh.batch(step, r, world) for r in range(world)]), in_order[step])
+
+
+# ---- the step
+
+
+def test_schedules_by_hand():
+    config = Config(learning_rate=1.0, min_lr=0.1, warmup_steps=10, schedule="cosine")
+    lr = [learning_rate(step, config, 110) for step in range(111)]
+    assert lr[0] == pytest.approx(0.1) and lr[9] == lr[10] == 1.0
+    assert lr[60] == pytest.approx(0.55) and lr[110] == pytest.approx(0.1)
+    assert lr[35] == pytest.approx(0.1 + 0.9 * (1 + math.sqrt(0.5)) / 2)
+    config.schedule = "linear"
+    assert learning_rate(35, config, 110) == pytest.approx(0.1 + 0.9 * 0.75)
+    config.schedule = "constant"
+    assert learning_rate(109, config, 110) == 1.0
+
+
+def test_decay_is_on_matrices_only_and_every_parameter_is_trained_once():
+    model = GPT(GPTConfig(block_size=8, vocab_size=9, n_layer=2, n_head=2, n_embd=16))
+    names = {p: n for n, p in model.named_parameters()}
+    for optimizer in ("adamw", "adafactor"):
+        groups = make_optimizer(model, Config(optimizer=optimizer, weight_decay=0.1)).param_groups
+        decayed = {names[p]: group["weight_decay"] for group in groups for p in group["params"]}
+        assert len(decayed) == sum(len(g["params"]) for g in groups) == len(names)
+        for name, decay in decayed.items():
+            assert decay == (0 if "ln_" in name or name.endswith("bias") else 0.1), name
+
+
+@pytest.mark.parametrize("micro", [4, 2, 1])
+def test_steps_are_hugging_faces_gpt2_under_torch_adamw(micro, tmp_path):
+    """An independent loop: their model and loss on the whole batch, their decay groups by name."""
+    torch.manual_seed(0)
+    hf = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=16, n_embd=32, n_layer=2, n_head=4,
+                                    attn_pdrop=0, resid_pdrop=0, embd_pdrop=0))
+    hf.save_pretrained(tmp_path)
+    ours = GPT.from_pretrained(str(tmp_path))
+    config = Config(learning_rate=1e-2, weight_decay=0.5, beta1=0.9, beta2=0.95, grad_clip=0.5)
+    optimizer = make_optimizer(ours, config)
+    matrices = [p for n, p in hf.named_parameters() if "ln_" not in n and not n.endswith("bias")]
+    vectors = [p for n, p in hf.named_parameters() if "ln_" in n or n.endswith("bias")]
+    theirs = torch.optim.AdamW([dict(params=matrices, weight_decay=0.5), dict(params=vectors, weight_decay=0)],
+                               lr=1e-2, betas=(0.9, 0.95), foreach=False)
+    for step in range(5):
+        rows = torch.randint(0, 64, (4, 17))
+        loss, norm = train_step(ours, optimizer, rows, micro, nullcontext(), config.grad_clip)
+        logits = hf(rows[:, :-1]).logits
+        expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+        expected.backward()
+        expected_norm = torch.cat([p.grad.flatten() for p in hf.parameters()]).norm()
+        for p in hf.parameters():
+            p.grad *= min(1, 0.5 / expected_norm)
+        theirs.step()
+        theirs.zero_grad()
+        torch.testing.assert_close(loss, expected, atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(norm, expected_norm, atol=2e-5, rtol=1e-4)
+
+
+def test_evaluate_covers_fixed_blocks_once_and_draws_nothing():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=8, vocab_size=64, n_layer=1, n_head=2, n_embd=16, dropout=0.5))
+    tokens = np.random.RandomState(0).randint(0, 64, 8 * 9 + 5).astype(np.uint16)
+    config = Config(block_size=8, batch_size=4, eval_tokens=10**6)
+    before = torch.random.get_rng_state()
+    loss, targets = t.evaluate(model, tokens, config, nullcontext())
+    assert torch.equal(torch.random.get_rng_state(), before) and model.training
+    assert targets.tolist() == tokens[1:73].tolist()
+    model.eval()
+    losses = [model(torch.from_numpy(tokens[i:i + 8].astype("int64"))[None],
+                    torch.from_numpy(tokens[i + 1:i + 9].astype("int64"))[None]).item() for i in range(0, 72, 8)]
+    assert loss == pytest.approx(np.mean(losses), rel=1e-6)
+    config.eval_tokens = 16
+    assert t.evaluate(model, tokens, config, nullcontext())[0] == pytest.approx((losses[0] + losses[4]) / 2, rel=1e-6)
+
+
+# ---- runs, as a user starts them
+
+
+def test_a_run_leaves_checkpoint_state_log_and_curve(workspace, run):
+    result = run("train.py", "configs/tiny.py", cwd=workspace)
+    assert result.returncode == 0, result.stderr
+    for word in ("val loss", "perplexity", "bits per byte", "tok/s", "left 0:", "out/tiny.pt", "out/tiny.jsonl",
+                 "out/tiny.png", "a sample"):
+        assert word in result.stdout
+    out = workspace / "out"
+    assert sorted(f.name for f in out.iterdir()) == ["tiny.jsonl", "tiny.png", "tiny.pt", "tiny.state.pt"]
+    assert (out / "tiny.png").read_bytes()[:4] == b"\x89PNG"
+
+    header, *log = records(out / "tiny.jsonl")
+    meta_json = json.loads((workspace / "data/tiny/meta.json").read_text())
+    assert header["config"]["n_embd"] == 32 and header["data"] == meta_json["splits"]["train"]["sha256"]
+    assert header["versions"]["torch"] == torch.__version__ and header["dtype"] == "float32"
+    assert [r["step"] for r in log if "loss" in r] == [1, 2, 3, 4, 5, 6]
+    vals = {r["step"]: r for r in log if "val_loss" in r}
+    assert list(vals) == [0, 3, 6] and vals[6]["tokens"] == 6 * 8 * 32
+    assert vals[6]["val_loss"] < vals[0]["val_loss"] == pytest.approx(math.log(257), abs=0.1)
+    assert vals[6]["bits_per_byte"] == pytest.approx(vals[6]["val_loss"] / math.log(2), rel=0.05)
+
+    model, meta = m.load(str(out / "tiny.pt"))
+    best = min(vals.values(), key=lambda r: r["val_loss"])
+    assert (meta["step"], meta["val_loss"], meta["tokenizer"]) == (best["step"], best["val_loss"], "bytes")
+    assert meta["data"] == "data/tiny" and meta["lineage"] == [] and model.config.vocab_size == 257
+
+
+def test_best_checkpoint_is_kept_when_the_loss_goes_up(workspace, run):
+    run("train.py", "configs/tiny.py", cwd=workspace)
+    best = m.load(str(workspace / "out/tiny.pt"))[1]
+    result = run("train.py", "configs/tiny.py", "--max_steps=12", "--learning_rate=30", "--grad_clip=0", cwd=workspace)
+    assert "going on" in result.stdout and result.returncode == 0
+    log = records(workspace / "out/tiny.jsonl")
+    assert log[-1]["step"] == 12 and log[-1]["val_loss"] > best["val_loss"]
+    assert m.load(str(workspace / "out/tiny.pt"))[1] == best
+
+
+@pytest.mark.parametrize("at", [2, 3, 5])
+def test_a_stopped_run_goes_on_bit_for_bit(at, workspace, run):
+    """With dropout, stopped by SIGTERM after step `at` and started by the same command."""
+    run("train.py", "configs/tiny.py", "--out_dir=whole", cwd=workspace)
+    command = [sys.executable, "-u", str(ROOT / "train.py"), "configs/tiny.py", "--out_dir=parts"]
+    process = subprocess.Popen(command, cwd=workspace, stdout=subprocess.PIPE, text=True,
+                               env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())})
+    for line in process.stdout:
+        if line.startswith(f"step      {at}/"):
+            process.send_signal(signal.SIGTERM)
+            break
+    rest = process.stdout.read()
+    assert process.wait() == 0 and "stopped at step" in rest or "a sample" in rest
+    result = run("train.py", "configs/tiny.py", "--out_dir=parts", cwd=workspace)
+    assert result.returncode == 0
+    assert curve(workspace / "parts/tiny.jsonl") == curve(workspace / "whole/tiny.jsonl")
+    for name in ("tiny.pt", "tiny.state.pt"):
+        whole, parts = (torch.load(workspace / d / name, weights_only=True) for d in ("whole", "parts"))
+        assert all(torch.equal(whole["model"][k], parts["model"][k]) for k in whole["model"])
+
+
+def test_two_processes_see_the_same_batches_and_learn_the_same(workspace, run):
+    run("train.py", "configs/tiny.py", "--dropout=0", "--out_dir=one", cwd=workspace)
+    result = torchrun(2, "configs/tiny.py", "--dropout=0", "--out_dir=two", cwd=workspace)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("val loss") == 3         # one voice
+    result = torchrun(2, "configs/tiny.py", "--dropout=0", "--micro_batch_size=2", "--out_dir=accumulated",
+                      cwd=workspace)
+    assert result.returncode == 0, result.stderr
+    one = curve(workspace / "one/tiny.jsonl")
+    for other in ("two", "accumulated"):
+        for a, b in zip(one, curve(workspace / other / "tiny.jsonl"), strict=True):
+            assert a.keys() == b.keys()
+            assert all(a[k] == pytest.approx(b[k], rel=1e-4) for k in a)
+
+
+def test_fine_tuning_starts_from_a_hugging_face_folder(workspace, run):
+    """configs/wikitext2.py on a stand-in: Adafactor, one epoch, from GPT-2 weights."""
+    torch.manual_seed(0)
+    hf = GPT2LMHeadModel(GPT2Config(vocab_size=257, n_positions=64, n_embd=32, n_layer=2, n_head=4))
+    hf.save_pretrained(workspace / "hf")
+    result = run("train.py", str(ROOT / "configs/wikitext2.py"), "--data=data/tiny", "--init_from=hf", "--block_size=32",
+                 "--dtype=float32", cwd=workspace)
+    assert result.returncode == 0, result.stderr
+    n_blocks = (len((workspace / "data/tiny/train.bin").read_bytes()) // 2 - 1) // 32
+    log = records(workspace / "out/wikitext2.jsonl")
+    assert log[-1]["step"] == math.ceil(n_blocks / 8)
+    model, meta = m.load(str(workspace / "out/wikitext2.pt"))
+    assert meta["lineage"] == [{"from": "hf"}] and model.config.block_size == 32
+
+    vals = [r["val_loss"] for r in log if "val_loss" in r]
+    tokens = np.fromfile(workspace / "data/tiny/val.bin", dtype="<u2").astype("int64")
+    rows = torch.from_numpy(np.stack([tokens[i:i + 33] for i in range(0, len(tokens) - 33, 32)]))
+    with torch.no_grad():
+        logits = hf.eval()(rows[:, :-1]).logits.flatten(0, 1)
+    assert vals[0] == pytest.approx(torch.nn.functional.cross_entropy(logits, rows[:, 1:].flatten()).item(), rel=1e-5)
+    assert vals[-1] < vals[0]
+
+
+def test_bf16_and_compile_learn_about_the_same(workspace, run):
+    losses = []
+    for words in (["--dropout=0"], ["--dropout=0", "--dtype=bfloat16"]):
+        assert run("train.py", "configs/tiny.py", "--resume=false", *words, cwd=workspace).returncode == 0
+        losses.append(records(workspace / "out/tiny.jsonl")[-1]["val_loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)
+
+
+# ---- what bad input gets
+
+
+def test_bad_runs_touch_nothing(workspace, refused, run):
+    assert run("train.py", "configs/tiny.py", cwd=workspace).returncode == 0
+    out = workspace / "out"
+    before = {f.name: f.read_bytes() for f in out.iterdir()}
+    data = workspace / "data/tiny/train.bin"
+    good = data.read_bytes()
+
+    def line(*words):
+        return refused("train.py", *words, cwd=workspace)
+    assert "did you mean n_layer?" in line("configs/tiny.py", "--n_layers=2")
+    assert "no such config file" in line("configs/none.py")
+    assert "config file first" in line()
+    assert "no such bin" in line("configs/tiny.py", "--data=data/none")
+    assert "block_size=100000" in line("configs/tiny.py", "--block_size=100000", "--resume=false")
+    assert "n_layer was 2, now it is 3" in line("configs/tiny.py", "--n_layer=3")
+    assert "no such checkpoint" in line("configs/tiny.py", "--resume=false", "--init_from=none.pt")
+    assert "not a checkpoint" in line("configs/tiny.py", "--resume=false", "--init_from=configs/tiny.py")
+    assert "n_layer is 2, but the config asks for 3" in line("configs/tiny.py", "--resume=false",
+                                                             "--init_from=out/tiny.pt", "--n_layer=3")
+    assert "positions end at 32" in line("configs/tiny.py", "--resume=false", "--init_from=out/tiny.pt",
+                                         "--block_size=64")
+    data.write_bytes(good[:-2])
+    assert "cut short" in line("configs/tiny.py")
+    data.write_bytes(good[:40] + b"xx" + good[42:])
+    assert "outside the vocabulary" in line("configs/tiny.py")
+    data.write_bytes(good[:40] + b"x\0" + good[42:])
+    assert "sha256" in line("configs/tiny.py")
+    data.write_bytes(good)
+    (workspace / "data/tiny/meta.json").unlink()
+    np.array([5] * 1000, dtype="<u2").tofile(data)
+    assert "other data" in line("configs/tiny.py")
+    assert "trained on bytes tokens" in line("configs/tiny.py", "--resume=false", "--init_from=out/tiny.pt")
+    assert {f.name: f.read_bytes() for f in out.iterdir()} == before
+
+
+def test_interrupt_before_the_first_step_is_quiet(workspace):
+    command = [sys.executable, "-u", str(ROOT / "train.py"), "configs/tiny.py", "--max_steps=100000"]
+    process = subprocess.Popen(command, cwd=workspace, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert "Traceback" not in errors
