@@ -3,7 +3,7 @@
 data = "data/python"
 block_size = 256
 batch_size = 16
-max_steps = 600
+max_steps = 800
 eval_interval = 100
 eval_tokens = 2**16
 save_interval = 100

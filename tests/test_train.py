@@ -14,6 +14,7 @@ from conftest import ROOT, TINY
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import model as m
+import prepare
 import train as t
 from model import GPT, GPTConfig
 from train import Config, ConfigError, Loader, configure, learning_rate, make_optimizer, train_step
@@ -345,10 +346,8 @@ def test_bad_runs_touch_nothing(workspace, refused, run):
     data.write_bytes(good[:40] + b"x\0" + good[42:])
     assert "sha256" in line("configs/tiny.py")
     data.write_bytes(good)
-    (workspace / "data/tiny/meta.json").unlink()
-    np.array([5] * 1000, dtype="<u2").tofile(data)
-    assert "other data" in line("configs/tiny.py")
-    assert "trained on bytes tokens" in line("configs/tiny.py", "--resume=false", "--init_from=out/tiny.pt")
+    prepare.prepare(["python"], str(workspace / "data/other"), "bytes", 0.05)
+    assert "other data" in line("configs/tiny.py", "--data=data/other")
     assert {f.name: f.read_bytes() for f in out.iterdir()} == before
 
 
