@@ -36,7 +36,7 @@ def nanogpt_step(nano, ours, shape, device, compiled):
                                     n_embd=n_embd, dropout=0.0, bias=True)).to(device)
     weights = {f"transformer.{name}": p for name, p in ours.state_dict().items()}
     model.load_state_dict({**weights, "lm_head.weight": weights["transformer.wte.weight"]})
-    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), device)
+    optimizer = model.configure_optimizers(0.1, 3e-4, (0.9, 0.95), device)
     run = torch.compile(model) if compiled else model
     context = torch.autocast("cuda", torch.bfloat16) if device == "cuda" else nullcontext()
 
@@ -52,7 +52,7 @@ def nanogpt_step(nano, ours, shape, device, compiled):
 
 
 def our_step(model, dtype, device, compiled):
-    optimizer = make_optimizer(model, Config(learning_rate=1e-3, weight_decay=0.1, beta1=0.9, beta2=0.95))
+    optimizer = make_optimizer(model, Config(learning_rate=3e-4, weight_decay=0.1, beta1=0.9, beta2=0.95))
     autocast = torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16")
     if compiled:
         model.compile()
