@@ -93,6 +93,7 @@ SHAPE = ("n_layer", "n_head", "n_embd", "bias", "pos")
 CHOICES = dict(device=("auto", "cuda", "mps", "cpu"), dtype=("auto", "float32", "bfloat16"),
                optimizer=("adamw", "adafactor"), schedule=("cosine", "linear", "constant"),
                pos=("learned", "alibi"))
+NOT_NEGATIVE = ("learning_rate", "min_lr", "warmup_steps", "weight_decay", "grad_clip", "seed")
 POSITIVE = ("block_size", "batch_size", "micro_batch_size", "max_steps", "max_tokens", "max_epochs",
             "eval_interval", "eval_tokens", "save_interval", "log_interval", "n_layer", "n_head", "n_embd")
 
@@ -157,6 +158,12 @@ def check(config, path, world):
     for key in POSITIVE:
         if getattr(config, key) is not None and getattr(config, key) <= 0:
             raise ConfigError(f"{path}: {key} = {getattr(config, key)}, expected more than 0")
+    for key in NOT_NEGATIVE:
+        if getattr(config, key) < 0:
+            raise ConfigError(f"{path}: {key} = {getattr(config, key)}, expected 0 or more")
+    for key in ("beta1", "beta2"):
+        if not 0 <= getattr(config, key) < 1:
+            raise ConfigError(f"{path}: {key} = {getattr(config, key)}, expected 0 or more and less than 1")
     if not config.data:
         raise ConfigError(f"{path}: data is not set; expected a folder that prepare.py made")
     if config.max_steps is config.max_tokens is config.max_epochs is None:
@@ -398,7 +405,7 @@ def make_model(config, given, meta):
                           f"uses {meta['vocab_size']} tokens")
     model.crop_block_size(config.block_size)
     model.config.dropout = config.dropout
-    parent = {key: source[key] for key in ("step", "tokens", "val_loss", "how") if key in source}
+    parent = {key: source[key] for key in ("step", "tokens", "val_loss") if key in source}
     return model, source.get("lineage", []) + [{"from": config.init_from, **parent}]
 
 
@@ -463,17 +470,15 @@ def main(argv):
     model.to(device).train()
     optimizer = make_optimizer(model, config)
     step, best = 0, math.inf
-    dtype, why = (config.dtype, "as configured") if config.dtype != "auto" else (None, "")
     if state:
         optimizer.load_state_dict(state["optimizer"])
         step, best = state["step"], state["best"]
-        dtype, why = (dtype, why) if dtype else (state["dtype"], "as before")
-    if dtype is None:
-        dtype, why = faster_dtype(device)
+    dtype, why = config.dtype, "as configured"
+    if dtype == "auto":
+        choice = [(state["dtype"], "as before") if state else faster_dtype(device)]
         if distributed:         # one choice for all ranks
-            choice = [dtype, why]
             dist.broadcast_object_list(choice, device=device)
-            dtype, why = choice
+        dtype, why = choice[0]
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
     compiled = device.type == "cuda" if config.compile is None else config.compile
@@ -563,11 +568,11 @@ def main(argv):
             break
 
     if master and step >= max_steps:
-        start = torch.tensor([[tokenizer.eot_token]], device=device)
+        start = torch.from_numpy(val_tokens[None, :32].astype(np.int64)).to(device)
         generator = torch.Generator(device).manual_seed(config.seed)
         with autocast:
-            tokens = model.eval().generate(start, 400, temperature=0.7, generator=generator)[0, 1:].tolist()
-        say(f"\na sample of 400 tokens:\n\n{tokenizer.decode(tokens)}\n\n"
+            sample = model.eval().generate(start, 400, temperature=0.7, generator=generator)[0].tolist()
+        say(f"\na sample, 400 tokens after the first 32 of {val_path}:\n\n{tokenizer.decode(sample)}\n\n"
             f"validation perplexity {perplexity(val_loss):,.2f}, {bits_per_byte:.4f} bits per byte, on "
             f"{len(targets):,} of {len(val_tokens):,} tokens\n"
             f"checkpoint {path}.pt\nlog        {path}.jsonl\ncurve      {path}.png")
@@ -578,5 +583,7 @@ def main(argv):
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
+    except KeyboardInterrupt:       # before the first step; later the run saves first
+        sys.exit(130)
     except (ConfigError, DataError, ModelError, OSError) as e:
         sys.exit(f"train.py: {e}" if os.environ.get("RANK", "0") == "0" else 1)

@@ -7,6 +7,7 @@ max_steps = 800
 eval_interval = 100
 eval_tokens = 2**16
 save_interval = 100
+log_interval = 20
 
 n_layer = 4
 n_head = 4

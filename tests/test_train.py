@@ -71,6 +71,8 @@ WRONG = [   # words after the config file, what the message must contain
     (["--data="], ["data is not set"]),
     (["--batch_size=8", "--micro_batch_size=3"], ["batch_size = 8", "micro_batch_size 3"]),
     (["--dropout=1.5"], ["dropout"]),
+    (["--learning_rate=-1"], ["learning_rate = -1.0"]),
+    (["--beta2=1"], ["beta2 = 1.0"]),
     (["n_layer=3"], ["expected --key=value"]),
 ]
 
@@ -307,7 +309,7 @@ def test_fine_tuning_starts_from_a_hugging_face_folder(workspace, run):
     assert vals[-1] < vals[0]
 
 
-def test_bf16_and_compile_learn_about_the_same(workspace, run):
+def test_bf16_learns_about_the_same(workspace, run):
     losses = []
     for words in (["--dropout=0"], ["--dropout=0", "--dtype=bfloat16"]):
         assert run("train.py", "configs/tiny.py", "--resume=false", *words, cwd=workspace).returncode == 0
