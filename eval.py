@@ -94,9 +94,8 @@ def main(argv):
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     autocast = torch.autocast(device, torch.bfloat16, enabled=args.dtype == "bfloat16")
 
-    if args.prompt is None:
-        print("| checkpoint | parameters | trained on | data | context | tokens | loss | perplexity "
-              "| word perplexity | bits per byte |\n|---|---|---|---|---|---|---|---|---|---|")
+    header = ("| checkpoint | parameters | trained on | data | context | tokens | loss | perplexity "
+              "| word perplexity | bits per byte |\n|---|---|---|---|---|---|---|---|---|---|\n")
     for name in args.ckpt:
         model, meta = open_checkpoint(name, device)
         tokenizer = get_tokenizer(meta["tokenizer"])
@@ -120,9 +119,11 @@ def main(argv):
         block_size = args.block_size or model.config.block_size
         counts = score(model, tokens, tokenizer, block_size, args.batch_size, autocast)
         row = summary(counts)
-        print(f"| {name} | {model.num_params() / 1e6:.1f}M | {meta.get('tokens', 0) / 1e6:.1f}M tokens | {path} "
+        seen = sum(m.get("tokens", 0) for m in [meta, *meta.get("lineage", [])])    # its ancestors' too
+        print(f"{header}| {name} | {model.num_params() / 1e6:.1f}M | {seen / 1e6:.1f}M tokens | {path} "
               f"| {block_size} | {counts['tokens']:,} | {row['loss']:.4f} | {row['perplexity']:.2f} "
               f"| {row['word_perplexity']:.2f} | {row['bits_per_byte']:.4f} |", flush=True)
+        header = ""
 
 
 if __name__ == "__main__":

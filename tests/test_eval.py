@@ -72,7 +72,8 @@ def checkpoints(workspace):
     model = GPT.from_pretrained(str(workspace / "hf"))
     m.save(str(workspace / "out/a.pt"), model, tokenizer="bytes", data="data/tiny", tokens=5_000_000)
     alibi = GPT(GPTConfig(block_size=16, vocab_size=257, n_layer=1, n_head=2, n_embd=16, pos="alibi"))
-    m.save(str(workspace / "out/b.pt"), alibi, tokenizer="bytes", data="data/tiny", tokens=0)
+    m.save(str(workspace / "out/b.pt"), alibi, tokenizer="bytes", data="data/tiny", tokens=1_000_000,
+           lineage=[{"from": "out/a.pt", "tokens": 5_000_000}, {"from": "out/a-init.pt", "tokens": 0}])
     return workspace, hf
 
 
@@ -91,6 +92,7 @@ def test_the_table(checkpoints, run):
     assert float(a["perplexity"]) == pytest.approx(math.exp(nats / counts["tokens"]), abs=0.02)
     assert float(a["word perplexity"]) == pytest.approx(math.exp(nats / words), rel=1e-3)
     assert float(a["bits per byte"]) == pytest.approx(nats / math.log(2) / counts["bytes"], abs=1e-4)
+    assert a["trained on"] == "5.0M tokens" and b["trained on"] == "6.0M tokens"      # with its ancestors'
     assert b["checkpoint"] == "out/b.pt" and float(b["loss"]) == pytest.approx(math.log(257), abs=0.1)
 
     other = run("eval.py", "--ckpt", "out/a.pt", "--data", "data/tiny/train.bin", cwd=workspace)
