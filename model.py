@@ -113,7 +113,7 @@ def linear_cross_entropy_ref(x, weight, targets, reduction="mean", ignore_index=
     """Cross-entropy, in nats, of the logits x @ weight.T against targets.
 
     x: (N, C); weight: (V, C); targets: (N,) of int64, `ignore_index` where there is none.
-    reduction: "mean" over the targets that count, "sum", or "none" for the (N,) losses.
+    reduction: "mean" over the targets that count, or "none" for the (N,) losses.
     """
     logits = F.linear(x, weight)                                               # (N, V)
     return F.cross_entropy(logits.to(at_least_fp32(logits.dtype)), targets,
@@ -212,8 +212,8 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """GPT-2 (Radford et al. 2019) with learned or ALiBi positions and a head tied to the embedding.
 
-    model(idx) -> logits (B, T, V); model(idx, targets) -> the loss in nats, as `reduction` says:
-    "mean", "sum", or "none" for (B, T). idx, targets: (B, T) int64; target -1 counts for nothing.
+    model(idx) -> logits (B, T, V); model(idx, targets) -> the loss in nats, its mean or, with
+    reduction="none", (B, T) losses. idx, targets: (B, T) int64; target -1 counts for nothing.
     Raises ModelError where T exceeds block_size and positions are learned.
     """
 
@@ -269,7 +269,7 @@ class GPT(nn.Module):
             if block_size > self.config.block_size:
                 raise ModelError(f"block_size={block_size}: this model's learned positions end at "
                                  f"{self.config.block_size}")
-            self.wpe = nn.Embedding.from_pretrained(self.wpe.weight[:block_size], freeze=False)
+            self.wpe = nn.Embedding.from_pretrained(self.wpe.weight[:block_size].detach().clone(), freeze=False)
         self.config.block_size = block_size
 
     @torch.no_grad()
@@ -306,8 +306,8 @@ class GPT(nn.Module):
                 row[:len(window)] = torch.from_numpy(window.astype("int64"))
             rows = rows.to(device)                                  # (B, T + 1), -1 behind a short one
             with autocast:
-                loss = self(rows[:, :-1].clamp(min=0), rows[:, 1:].contiguous(), reduction="sum")
-            total += loss.cpu().double()
+                losses = self(rows[:, :-1].clamp(min=0), rows[:, 1:], reduction="none")     # (B, T)
+            total += losses.cpu().double().sum()
         self.train(training)
         return total.item()
 

@@ -27,7 +27,6 @@ from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
-import requests     # tiktoken's own way to the network; here for its exceptions
 import tiktoken
 from tqdm import tqdm
 
@@ -54,7 +53,7 @@ def get_tokenizer(name):
         raise DataError(f'tokenizer "{name}": expected "gpt2" or "bytes"')
     try:
         return tiktoken.get_encoding("gpt2")
-    except requests.RequestException:
+    except OSError:     # all that requests, by which tiktoken downloads, raises for a network
         cache = (os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")
                  or os.path.join(tempfile.gettempdir(), "data-gym-cache"))
         base = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"

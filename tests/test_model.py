@@ -50,7 +50,6 @@ def test_agrees_with_hugging_face_both_ways(make, n_head, tmp_path):
     per_token = ours(idx, targets, reduction="none")
     torch.testing.assert_close(per_token, F.cross_entropy(logits.transpose(1, 2), targets, reduction="none"),
                                atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(ours(idx, targets, reduction="sum"), per_token.sum(), atol=1e-3, rtol=1e-5)
 
     theirs = dict(hf.named_parameters())
     names = ({"h.": "blocks.", "ln_1": "norm_1", "ln_2": "norm_2", "ln_f": "norm_f", "c_attn": "Wqkv",
