@@ -571,7 +571,7 @@ def main(argv):
         start = torch.from_numpy(val_tokens[None, :32].astype(np.int64)).to(device)
         generator = torch.Generator(device).manual_seed(config.seed)
         with autocast:
-            sample = model.eval().generate(start, 400, temperature=0.7, generator=generator)[0].tolist()
+            sample = model.eval().generate(start, 400, temperature=0.8, generator=generator)[0].tolist()
         say(f"\na sample, 400 tokens after the first 32 of {val_path}:\n\n{tokenizer.decode(sample)}\n\n"
             f"validation perplexity {perplexity(val_loss):,.2f}, {bits_per_byte:.4f} bits per byte, on "
             f"{len(targets):,} of {len(val_tokens):,} tokens\n"
@@ -581,6 +581,9 @@ def main(argv):
 
 
 if __name__ == "__main__":
+    if "--help" in sys.argv:
+        print(__doc__)
+        sys.exit()
     try:
         main(sys.argv[1:])
     except KeyboardInterrupt:       # before the first step; later the run saves first
