@@ -97,7 +97,8 @@ def wikitext2():
     """WikiText-2 (Merity et al. 2016), the word-tokenised release, an article a document."""
     for split, file in (("train", "train.txt"), ("val", "valid.txt")):
         text = read_text(download("wikitext-2", file))
-        for article in re.split(r"(?m)^(?= = [^=\n]+ = $)", text):
+        before, first, *others = re.split(r"(?m)^(?= = [^=\n]+ = $)", text)
+        for article in (before + first, *others):       # the file begins with an empty line
             yield split, article
 
 

@@ -287,15 +287,16 @@ def keep_memory():
     """Let glibc keep freed memory instead of handing it back to the kernel.
 
     On the CPU each step allocates the same activations again; fetching every one anew, page by
-    page, costs up to half of a step.
+    page, can cost more than the arithmetic. The price is memory: the process keeps its peak, which
+    gaps between the blocks can double (logs/bench-cpu.md).
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):       # not glibc
         return
     M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8
-    for key, value in ((M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**26), (M_MMAP_MAX, 0), (M_ARENA_MAX, 1)):
-        mallopt(key, value)
+    for key, value in ((M_TRIM_THRESHOLD, -1), (M_TOP_PAD, 2**26), (M_MMAP_MAX, 0), (M_ARENA_MAX, 1)):
+        mallopt(key, value)     # never trim, grow in 64 MiB, no mappings of single blocks, one heap
 
 
 def faster_dtype(device):
@@ -530,6 +531,8 @@ def main(argv):
                 log.plot(f"{path}.png")
             best = min(best, val_loss)
             since, since_step = time.time(), step
+            if step == began_step:
+                began = since       # the first evaluation comes before any step
         if step >= max_steps:
             break
 

@@ -2,6 +2,7 @@ import gzip
 import hashlib
 import json
 import os
+import subprocess
 import sysconfig
 from pathlib import Path
 
@@ -121,7 +122,7 @@ def test_wikitext_is_cut_into_articles(tmp_path, monkeypatch):
     p.prepare(["wikitext-2"], str(tmp_path / "out"), "bytes", 0.05)
     articles = documents_of(tmp_path / "out/train.bin")
     assert "".join(articles) == train
-    assert [a.split("\n")[0] for a in articles] == [" ", " = Homarus = ", " = Other = "]
+    assert [a.split("\n")[0] for a in articles] == [" ", " = Other = "]
     assert documents_of(tmp_path / "out/val.bin") == [" = A = \n b \n"]
 
 
@@ -227,6 +228,25 @@ def test_no_network_for_a_corpus_says_where_to_put_it(monkeypatch, tmp_path):
     monkeypatch.setattr(p, "DOWNLOADS", tmp_path)
     with pytest.raises(DataError, match=f"put that file at {tmp_path}/shakespeare/input.txt"):
         p.prepare(["shakespeare"], str(tmp_path / "out"), "bytes", 0.1)
+
+
+def test_a_corpus_is_downloaded_once_and_checked(monkeypatch, tmp_path):
+    (tmp_path / "there").mkdir()
+    text = "First Citizen:\nSpeak, speak.\n\n" * 9
+    (tmp_path / "there" / "input.txt").write_text(text)
+    blob = subprocess.run(["git", "hash-object", "--no-filters", tmp_path / "there" / "input.txt"],
+                          capture_output=True, text=True, check=True).stdout.strip()
+    monkeypatch.setattr(p, "DOWNLOADS", tmp_path / "raw")
+    monkeypatch.setitem(p.FILES, "shakespeare", ((tmp_path / "there").as_uri(), {"input.txt": "0" * 40}))
+    with pytest.raises(DataError, match="its hash differs"):
+        p.prepare(["shakespeare"], str(tmp_path / "out"), "bytes", 0.1)
+    assert not (tmp_path / "raw").exists() and not list((tmp_path / "out").iterdir())
+    monkeypatch.setitem(p.FILES, "shakespeare", ((tmp_path / "there").as_uri(), {"input.txt": blob}))
+    p.prepare(["shakespeare"], str(tmp_path / "out"), "bytes", 0.1)
+    assert (tmp_path / "raw" / "shakespeare" / "input.txt").read_text() == text
+    (tmp_path / "there" / "input.txt").unlink()
+    p.prepare(["shakespeare"], str(tmp_path / "again"), "bytes", 0.1)
+    assert (tmp_path / "again" / "train.bin").read_bytes() == (tmp_path / "out" / "train.bin").read_bytes()
 
 
 def test_a_killed_run_leaves_no_half_written_bin(tmp_path, monkeypatch):
