@@ -272,7 +272,7 @@ def evaluate(model, tokens, config, autocast, rank=0, world=1):
     count = min(n, math.ceil(config.eval_tokens / T))
     starts = np.arange(count) * n // count * T
     batch_size = config.micro_batch_size or config.batch_size // world
-    total = torch.tensor(model.total_loss(tokens, starts[rank::world], T, batch_size, autocast))
+    total = torch.tensor(model.total_loss(tokens, starts[rank::world], T, batch_size, autocast), dtype=torch.float64)
     if world > 1:
         total = total.to(model.wte.weight.device)
         dist.all_reduce(total)
@@ -292,7 +292,7 @@ def keep_memory():
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError):       # not glibc
+    except (AttributeError, OSError, TypeError):    # not glibc
         return
     M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8
     for key, value in ((M_TRIM_THRESHOLD, -1), (M_TOP_PAD, 2**26), (M_MMAP_MAX, 0), (M_ARENA_MAX, 1)):

@@ -4,18 +4,16 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-torch.set_num_threads(2)
 
 
 @pytest.fixture
 def run():
     """run("train.py", "configs/x.py", cwd=...) -> CompletedProcess with text output."""
-    def run(script, *words, cwd, env=None):
-        return subprocess.run([sys.executable, str(ROOT / script), *map(str, words)], cwd=cwd, env=env,
+    def run(script, *words, cwd):
+        return subprocess.run([sys.executable, str(ROOT / script), *map(str, words)], cwd=cwd,
                               capture_output=True, text=True, timeout=300)
     return run
 
