@@ -5,8 +5,9 @@
     python tests/bench_train.py /tmp/nanoGPT
 
 nanoGPT runs its own model, optimizer and step as its train.py does on this kind of device: fp32
-on a CPU, bf16 autocast on CUDA; both are compiled on CUDA, and on a CPU with --compile. It is timed first as it comes, then in turns
-with ours under the memory setting that ours makes for the whole process.
+on a CPU, bf16 autocast on CUDA; both are compiled on CUDA, and on a CPU with --compile. It is
+timed first as it comes, then in turns with ours under the memory setting that ours makes for the
+whole process.
 """
 import argparse
 import importlib.util
@@ -115,7 +116,8 @@ def main():
             timed(ours, rows_of[name][0])
         events = sorted(profile.key_averages(), key=lambda e: -e.self_cpu_time_total)
         total = sum(e.self_cpu_time_total for e in events)
-        profiles.append(f"\nwhere a step of ours goes, {name}:\n\n| operation | calls | ms | share |\n|---|---|---|---|\n" + "\n".join(
+        head = f"\nwhere a step of ours goes, {name}:\n\n| operation | calls | ms | share |\n|---|---|---|---|\n"
+        profiles.append(head + "\n".join(
             f"| {e.key} | {e.count} | {e.self_cpu_time_total / 1e3:.1f} | {e.self_cpu_time_total / total:.1%} |"
             for e in events[:12]))
     print("| shape | nanoGPT alone tok/s | nanoGPT in turns | ours in turns | ours / alone | ours / in turns "
