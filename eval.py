@@ -6,7 +6,6 @@
 
 A checkpoint is a .pt of train.py or grow.py, a Hugging Face folder, or gpt2 ... gpt2-xl.
 """
-import argparse
 import math
 import os
 import sys
@@ -17,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from model import OPENAI, GPT, ModelError, load
-from prepare import DataError, get_tokenizer, open_bin, token_bytes
+from prepare import DataError, Parser, get_tokenizer, open_bin, token_bytes
 
 
 class EvalError(ValueError):
@@ -74,7 +73,7 @@ def exp(x):
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--ckpt", nargs="+", required=True, help="one row of the table each")
     parser.add_argument("--data", metavar="BIN", help="tokens to score; default: the run's own val.bin")
     parser.add_argument("--block_size", type=int, metavar="T", help="context; default: the model's")

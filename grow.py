@@ -7,7 +7,6 @@ Gopher (Rae et al. 2021, arXiv:2112.11446, G.3.3): a doubling makes layers 2i an
 i, and 18 to 24 layers doubles 0, 3, 6, 9, 12 and 15. The function changes: the loss jumps first
 and comes back in training, so grow.py prints the validation loss before and after.
 """
-import argparse
 import os
 import sys
 from dataclasses import replace
@@ -15,7 +14,7 @@ from dataclasses import replace
 import numpy as np
 
 from model import ModelError, build, load, save
-from prepare import DataError, open_bin
+from prepare import DataError, Parser, open_bin
 
 
 class GrowError(ValueError):
@@ -49,7 +48,7 @@ def val_loss(model, path, max_tokens=2**16):
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("source", help="checkpoint to grow")
     parser.add_argument("target", help="checkpoint to write")
     parser.add_argument("--n_layer", type=int, required=True, help="layers of the target")

@@ -12,6 +12,7 @@ Writes OUT/train.bin and OUT/val.bin: the documents' tokens, each document follo
 and OUT/meta.json: tokenizer, counts, sha256 of each bin, sources and options.
 """
 import argparse
+import difflib
 import gzip
 import hashlib
 import json
@@ -356,8 +357,23 @@ def open_bin(path, vocab_size=None):
     return tokens, meta
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse with a module's docstring as its help, whose errors are one line and status 1."""
+
+    def __init__(self, description):
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+                         allow_abbrev=False)
+
+    def error(self, message):
+        if message.startswith("unrecognized arguments: "):
+            word = message.split()[2].partition("=")[0]
+            near = difflib.get_close_matches(word, self._option_string_actions, n=1)
+            message = f"unknown argument {word}" + (f", did you mean {near[0]}?" if near else "; see --help")
+        self.exit(1, f"{self.prog}: {message}\n")
+
+
 def main(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("sources", nargs="+", metavar="SOURCE", help=f"{', '.join(SOURCES)}, a file or a folder")
     parser.add_argument("--out", required=True, metavar="DIR", help="where the bins go, e.g. data/mine")
     parser.add_argument("--tokenizer", default="gpt2", help="gpt2 (default) or bytes")

@@ -121,6 +121,8 @@ def test_bad_input(checkpoints, refused):
     assert "not a checkpoint" in line("--ckpt", "configs/tiny.py")
     assert "no such bin" in line("--ckpt", "out/a.pt", "--data", "data/none/val.bin")
     assert "learned positions end at block_size=64" in line("--ckpt", "out/a.pt", "--block_size", 65)
+    assert "did you mean --block_size?" in line("--ckpt", "out/a.pt", "--blocksize", 8)
+    assert "--block_size: invalid int value: 'x'" in line("--ckpt", "out/a.pt", "--block_size", "x")
     assert "--block_size=0" in line("--ckpt", "out/a.pt", "--block_size", 0)
     assert "--temperature" in line("--ckpt", "out/a.pt", "--prompt", "x", "--temperature", -1)
     meta = json.loads((workspace / "data/tiny/meta.json").read_text())

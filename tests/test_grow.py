@@ -88,6 +88,7 @@ def test_bad_input_writes_nothing(workspace, refused, run):
 
     def line(*words):
         return refused("grow.py", *words, cwd=workspace)
+    assert "did you mean --n_layer?" in line("out/a.pt", "out/c.pt", "--n_layer=6", "--n_layers=6")
     assert "smaller" in line("out/a.pt", "out/c.pt", "--n_layer=2")
     assert "out/b.pt exists; pass --force" in line("out/a.pt", "out/b.pt", "--n_layer=6")
     assert "no such checkpoint" in line("out/none.pt", "out/c.pt", "--n_layer=6")

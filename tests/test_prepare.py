@@ -196,6 +196,9 @@ def test_bad_words(tmp_path, refused):
     assert "missing.txt" in refused("prepare.py", "missing.txt", "--out", "out", "--tokenizer", "bytes", cwd=tmp_path)
     assert ".jsonl" in refused("prepare.py", "a.csv", "--out", "out", "--tokenizer", "bytes", cwd=tmp_path)
     assert '"bytes"' in refused("prepare.py", "python", "--out", "out", "--tokenizer", "bites", cwd=tmp_path)
+    assert "did you mean --tokenizer?" in refused("prepare.py", "python", "--out", "out", "--tokeniser=bytes",
+                                                  cwd=tmp_path)
+    assert "required: --out" in refused("prepare.py", "python", cwd=tmp_path)
     assert "--val_fraction" in refused("prepare.py", "python", "--out", "out", "--val_fraction", "2", cwd=tmp_path)
 
 
