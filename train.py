@@ -508,11 +508,6 @@ def main(argv):
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.append(True))
 
-    def save_state():
-        atomic_save(dict(model=model.state_dict(), model_config=asdict(model.config), step=step, best=best,
-                         optimizer=optimizer.state_dict(), config=asdict(config), dtype=dtype,
-                         fingerprint=fingerprint, lineage=lineage), f"{path}.state.pt")
-
     micro = config.micro_batch_size or config.batch_size // world
     began, began_step = time.time(), step
     since, since_step = began, step
@@ -565,7 +560,9 @@ def main(argv):
                 log.write(step=step, tokens=step * tokens_per_step, loss=loss, norm=norm.item(), lr=lr,
                           tokens_per_second=round(speed))
         if master and (step % config.save_interval == 0 or step == max_steps or stopping):
-            save_state()
+            atomic_save(dict(model=model.state_dict(), model_config=asdict(model.config), step=step, best=best,
+                             optimizer=optimizer.state_dict(), config=asdict(config), dtype=dtype,
+                             fingerprint=fingerprint, lineage=lineage), f"{path}.state.pt")
         if stopping:
             say(f"stopped at step {step}; the same command goes on from {path}.state.pt")
             break
