@@ -58,7 +58,9 @@ def at_least_fp32(dtype):
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"      # Triton reads it too, as it decorates
 jit = triton.jit if triton else lambda kernel: kernel
-LOG2E = tl.constexpr(math.log2(math.e)) if triton else None
+if triton:
+    LOG2E = tl.constexpr(math.log2(math.e))
+    WIDEN = tl.constexpr(INTERPRET)     # the interpreter is numpy, which knows no bf16
 
 
 def use_kernels(x):
@@ -285,6 +287,14 @@ def attention_ref(q, k, v, slopes=None, dropout_p=0.0):
 
 
 @jit
+def dot(a, b, acc=None):
+    """a b (+ acc), summed in fp32; fp32 inputs as three TF32 products, whose error is like fp32's."""
+    if WIDEN:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="tf32x3")
+
+
+@jit
 def load_tile(x, rows, stride, T, D: tl.constexpr, BLOCK_D: tl.constexpr, EDGE: tl.constexpr):
     """Rows of x (T, D) as (rows, BLOCK_D), zero beyond D and, where EDGE says they may reach it, T."""
     d = tl.arange(0, BLOCK_D)
@@ -344,7 +354,7 @@ def attention_fwd_kernel(
     for diagonal in tl.static_range(2):                 # columns left of the diagonal tile, then its own
         for n in range(m if diagonal else 0, min(m + M, T) if diagonal else m, N):
             kn = load_tile(k, n + cols, row, T, D, BLOCK_D, EDGE and diagonal)
-            s = tl.dot(qm, tl.trans(kn), input_precision="tf32x3") * scale        # (M, N)
+            s = dot(qm, tl.trans(kn)) * scale        # (M, N)
             if slopes is not None:
                 s += (slant + slope * (n - m))[None, :]
             if diagonal:
@@ -357,17 +367,17 @@ def attention_fwd_kernel(
             if seed is not None:
                 p = tl.where(kept(seed, bh, m, n, drop, M, N), p, 0.0)
             vn = load_tile(v, n + cols, row, T, D, BLOCK_D, EDGE and diagonal)
-            acc = tl.dot(p.to(vn.dtype), vn, acc * fade[:, None], input_precision="tf32x3")
-    share = 1 - drop / 65536                            # of the weights is kept, and counts for more
+            acc = dot(p.to(vn.dtype), vn, acc * fade[:, None])
+    boost = 65536 / (65536 - drop)                      # the weights that are kept count for more
     tl.store(lse + bh * T + rows, top + tl.log2(total) - slope * (rows // 64 * 64 - m), rows < T)
-    store_tile(y + (b * T * H + h) * D, acc / (total * share)[:, None], rows, H * D, T, D, BLOCK_D)
+    store_tile(y + (b * T * H + h) * D, acc * (boost / total)[:, None], rows, H * D, T, D, BLOCK_D)
 
 
 @jit
 def attention_bwd_dq_kernel(
     q, k, v, slopes, seed, drop, y, lse,        # as the forward had and left them
     dy, dq,                     # (B, T, H, D) contiguous
-    delta,                      # (B, H, T) fp32, written here, read by the pass over the columns
+    delta,                      # (B, H, T) fp32: dy . y / boost, written here for the pass over the columns
     batch, head, row, H, T, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, EDGE: tl.constexpr,
 ):
@@ -376,14 +386,14 @@ def attention_bwd_dq_kernel(
     b, h = (bh // H).to(tl.int64), bh % H
     rows, cols = m + tl.arange(0, M), tl.arange(0, N)
     q, k, v = q + b * batch + h * head, k + b * batch + h * head, v + b * batch + h * head
-    y, dy, dq = y + (b * T * H + h) * D, dy + (b * T * H + h) * D, dq + (b * T * H + h) * D
+    at = (b * T * H + h) * D
     slope = 0.0 if slopes is None else tl.load(slopes + h) * LOG2E
     slant = slope * cols
-    share = 1 - drop / 65536
+    boost = 65536 / (65536 - drop)
     qm = load_tile(q, rows, row, T, D, BLOCK_D, EDGE)
-    dym = load_tile(dy, rows, H * D, T, D, BLOCK_D, EDGE)
-    ym = load_tile(y, rows, H * D, T, D, BLOCK_D, EDGE)
-    delta_m = tl.sum(dym.to(tl.float32) * ym.to(tl.float32), 1)
+    dym = load_tile(dy + at, rows, H * D, T, D, BLOCK_D, EDGE)
+    ym = load_tile(y + at, rows, H * D, T, D, BLOCK_D, EDGE)
+    delta_m = tl.sum(dym.to(tl.float32) * ym.to(tl.float32), 1) / boost
     tl.store(delta + bh * T + rows, delta_m, rows < T)
     lse_m = tl.load(lse + bh * T + rows, rows < T, 0.0) + slope * (rows // 64 * 64 - m)
     acc = tl.zeros((M, BLOCK_D), tl.float32)
@@ -391,18 +401,18 @@ def attention_bwd_dq_kernel(
         for n in range(m if diagonal else 0, min(m + M, T) if diagonal else m, N):
             kn = load_tile(k, n + cols, row, T, D, BLOCK_D, EDGE and diagonal)
             vn = load_tile(v, n + cols, row, T, D, BLOCK_D, EDGE and diagonal)
-            s = tl.dot(qm, tl.trans(kn), input_precision="tf32x3") * scale        # (M, N)
+            s = dot(qm, tl.trans(kn)) * scale        # (M, N)
             if slopes is not None:
                 s += (slant + slope * (n - m))[None, :]
             p = tl.exp2(s - lse_m[:, None])
             if diagonal:
                 p = tl.where(rows[:, None] >= n + cols[None, :], p, 0.0)
-            dp = tl.dot(dym, tl.trans(vn), input_precision="tf32x3")
+            dp = dot(dym, tl.trans(vn))
             if seed is not None:
-                dp = tl.where(kept(seed, bh, m, n, drop, M, N), dp / share, 0.0)
+                dp = tl.where(kept(seed, bh, m, n, drop, M, N), dp, 0.0)
             ds = p * (dp - delta_m[:, None])
-            acc = tl.dot(ds.to(kn.dtype), kn, acc, input_precision="tf32x3")
-    store_tile(dq, acc * (scale / LOG2E), rows, H * D, T, D, BLOCK_D)
+            acc = dot(ds.to(kn.dtype), kn, acc)
+    store_tile(dq + at, acc * (scale / LOG2E * boost), rows, H * D, T, D, BLOCK_D)
 
 
 @jit
@@ -418,38 +428,35 @@ def attention_bwd_dkdv_kernel(
     b, h = (bh // H).to(tl.int64), bh % H
     cols = n + tl.arange(0, N)
     q, k, v = q + b * batch + h * head, k + b * batch + h * head, v + b * batch + h * head
-    dy, dk, dv = dy + (b * T * H + h) * D, dk + (b * T * H + h) * D, dv + (b * T * H + h) * D
+    at = (b * T * H + h) * D
+    dy += at
     slope = 0.0 if slopes is None else tl.load(slopes + h) * LOG2E
     slant = slope * tl.arange(0, N)
-    share = 1 - drop / 65536
+    boost = 65536 / (65536 - drop)
     kn = load_tile(k, cols, row, T, D, BLOCK_D, EDGE)
     vn = load_tile(v, cols, row, T, D, BLOCK_D, EDGE)
     dkn = tl.zeros((N, BLOCK_D), tl.float32)
     dvn = tl.zeros((N, BLOCK_D), tl.float32)
-    for below in tl.static_range(2):                    # the rows of the diagonal tile, then those below it
-        for m in range(n + N if below else n, T if below else min(n + N, T), M):
+    for diagonal in tl.static_range(2):                 # the rows below the diagonal tile, then its own
+        for m in range(n if diagonal else n + N, min(n + N, T) if diagonal else T, M):
             rows = m + tl.arange(0, M)
             qm = load_tile(q, rows, row, T, D, BLOCK_D, EDGE)
             dym = load_tile(dy, rows, H * D, T, D, BLOCK_D, EDGE)
             lse_m = tl.load(lse + bh * T + rows, rows < T, 0.0)
-            delta_m = tl.load(delta + bh * T + rows, rows < T, 0.0)
-            s = tl.dot(kn, tl.trans(qm), input_precision="tf32x3") * scale        # (N, M), transposed
+            s = dot(kn, tl.trans(qm)) * scale                           # (N, M), transposed
             if slopes is not None:
                 s += (slant + slope * (n - m // 64 * 64))[:, None]
             p = tl.exp2(s - lse_m[None, :])
-            if not below:
+            if diagonal:
                 p = tl.where(rows[None, :] >= cols[:, None], p, 0.0)
-            dp = tl.dot(vn, tl.trans(dym), input_precision="tf32x3")
-            dropped = p
-            if seed is not None:
-                keep = tl.trans(kept(seed, bh, m, n, drop, M, N))
-                dropped = tl.where(keep, p, 0.0)
-                dp = tl.where(keep, dp / share, 0.0)
-            dvn = tl.dot(dropped.to(dym.dtype), dym, dvn, input_precision="tf32x3")
-            ds = p * (dp - delta_m[None, :])
-            dkn = tl.dot(ds.to(qm.dtype), qm, dkn, input_precision="tf32x3")
-    store_tile(dk, dkn * (scale / LOG2E), cols, H * D, T, D, BLOCK_D)
-    store_tile(dv, dvn / share, cols, H * D, T, D, BLOCK_D)
+            keep = None if seed is None else tl.trans(kept(seed, bh, m, n, drop, M, N))
+            dvn = dot((p if seed is None else tl.where(keep, p, 0.0)).to(dym.dtype), dym, dvn)
+            dp = dot(vn, tl.trans(dym))
+            delta_m = tl.load(delta + bh * T + rows, rows < T, 0.0)
+            ds = p * ((dp if seed is None else tl.where(keep, dp, 0.0)) - delta_m[None, :])
+            dkn = dot(ds.to(qm.dtype), qm, dkn)
+    store_tile(dk + at, dkn * (scale / LOG2E * boost), cols, H * D, T, D, BLOCK_D)
+    store_tile(dv + at, dvn * boost, cols, H * D, T, D, BLOCK_D)
 
 
 def is_hopper(x):
@@ -457,19 +464,20 @@ def is_hopper(x):
 
 
 def tiles(q, dropout):
-    """(M, N, warps, stages) of the three kernels: the largest that spill no register (tests/aot.py).
+    """(M, N, warps, stages) of the three kernels: large, but spilling no register (tests/aot.py).
 
     They are fixed, not tuned at run time: another choice rounds differently, and a run that is
     resumed must end with the same bits. Before Hopper they fit the 99 KB of a 24 GB card.
     """
-    D = q.size(3)
+    T, D = q.shape[2:]
+    wide, edge = D > 64, T % 128 > 0
     if q.dtype == torch.float32:
-        back = (32, 32, 4, 1) if D <= 64 else (16, 16, 4, 1)
-        return dict(fwd=(32, 32, 4, 1), dq=back, dkdv=back)
+        tile = (16, 16, 4, 1) if wide else (32, 32, 4, 1)
+        return dict(fwd=tile, dq=tile, dkdv=(16, 16, 4, 1))
     if not is_hopper(q):
-        return dict(fwd=(64, 64, 4, 2), dq=(64, 32, 4, 2), dkdv=(32, 64, 8, 2) if dropout else (64, 64, 8, 2))
-    return dict(fwd=(128, 64, 4, 3) if D <= 64 and not dropout else (128, 64, 8, 3), dq=(128, 64, 8, 3),
-                dkdv=(32, 128, 8, 2) if dropout else (64, 128, 8, 2))
+        return dict(fwd=(64, 64, 4, 2), dq=(64, 32, 4, 2), dkdv=(32, 32, 4, 2) if dropout else (32, 64, 8, 2))
+    return dict(fwd=(128, 64, 8 if wide or dropout else 4, 3), dq=(128, 64, 8, 2 if wide else 3),
+                dkdv=(32 if wide and (dropout or edge) else 64, 128, 8, 2))
 
 
 def launch(kernel, tile, q, *args, by="M"):
@@ -617,14 +625,17 @@ def cross_entropy_kernel(
             tl.store(logits + v + cols, d.to(logits.dtype.element_ty), v + cols < V)
 
 
+CHUNK = 2**27       # logits that exist at a time
+
+
 def cross_entropy_chunks(x, weight, targets, g, ignore_index, vocab_size):
     """(losses, dx, dw): the (N,) losses and, for g (N,), the gradients of sum_n g_n loss_n, else Nones.
 
-    The logits exist for one chunk of rows at a time, 2^27 of them at most.
+    The logits exist for one chunk of rows at a time.
     """
-    (N, C), V = x.shape, weight.size(0)
-    chunk = triton.cdiv(N, triton.cdiv(N * V, 2**27))
-    w = weight.to(x.dtype)
+    N, V = x.size(0), weight.size(0)
+    chunk = triton.cdiv(N, triton.cdiv(N * V, CHUNK))
+    w, targets, g = weight.to(x.dtype), targets.contiguous(), None if g is None else g.contiguous()
     losses = x.new_empty(N, dtype=torch.float32)
     dx, dw = (None, None) if g is None else (torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32))
     buffer = x.new_empty(chunk, V)
@@ -786,9 +797,11 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x, slopes):
-        h, x = self.ln_2(self.attn(self.ln_1(x), slopes), residual=x)
-        return x + self.mlp(h)
+    def forward(self, x, branch, slopes):
+        """x: the stream (B, T, C); branch: what the layer before still adds to it, or None. Both anew."""
+        h, x = (self.ln_1(x), x) if branch is None else self.ln_1(branch, residual=x)
+        h, x = self.ln_2(self.attn(h, slopes), residual=x)
+        return x, self.mlp(h)
 
 
 class GPT(nn.Module):
@@ -832,17 +845,17 @@ class GPT(nn.Module):
                 raise ModelError(f"{T} tokens of context, but this model's learned positions end "
                                  f"at block_size={self.config.block_size}")
             x = x + self.wpe.weight[:T]
-        x = F.dropout(x, self.config.dropout, self.training)
+        x, branch = F.dropout(x, self.config.dropout, self.training), None
         for block in self.h:
-            x = block(x, self.slopes)
-        return self.ln_f(x)
+            x, branch = block(x, branch, self.slopes)
+        return self.ln_f(branch, residual=x)[0]
 
     def forward(self, idx, targets=None, reduction="mean"):
         x = self.hidden(idx)
-        head = self.wte.weight[:self.config.vocab_size]     # padding takes no probability
+        V = self.config.vocab_size      # padding beyond it takes no probability
         if targets is None:
-            return F.linear(x, head)
-        loss = linear_cross_entropy(x.flatten(0, 1), head, targets.flatten(), reduction)
+            return F.linear(x, self.wte.weight[:V])
+        loss = linear_cross_entropy(x.flatten(0, 1), self.wte.weight, targets.flatten(), reduction, vocab_size=V)
         return loss.view_as(targets) if reduction == "none" else loss
 
     def crop_block_size(self, block_size):

@@ -1,0 +1,337 @@
+"""The Triton kernels against float64, on CPU tensors, by Triton's interpreter.
+
+    TRITON_INTERPRET=1 python -m pytest tests/interpreted.py
+
+Triton decides when model.py is imported whether it interprets, so these tests need a process of
+their own; tests/test_kernels.py starts it. An error may be twice that of PyTorch's own operator at
+the same precision, plus EPSILON of the largest value: in fp32 the step between neighbouring numbers
+around 64, the size of ALiBi's term at the far end of a tile.
+"""
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import triton.language as tl
+from triton.runtime import interpreter
+
+import model as m
+from model import GPT, GPTConfig
+
+EPSILON = {torch.float32: 4e-6, torch.bfloat16: 1e-3}
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def convert_float(data, source, target, rounding, original=interpreter._convert_float):
+    """fp32 to bf16 to the nearest even, as GPUs do; the interpreter cuts the last bits off."""
+    if (source, target) == (tl.float32, tl.bfloat16):
+        return torch.from_numpy(np.ascontiguousarray(data)).bfloat16().view(torch.uint16).numpy()
+    return original(data, source, target, rounding).reshape(data.shape)
+
+
+interpreter._convert_float = convert_float
+
+
+def test_the_kernels_are_what_runs():
+    assert m.INTERPRET and m.use_kernels(torch.zeros(1)) and not m.use_kernels(torch.zeros(1, dtype=torch.float64))
+
+
+def results(op, inputs, grads):
+    """Outputs of op(*inputs) and the gradients of the inputs that are floating point, as one list."""
+    inputs = [t.detach().requires_grad_() if t.is_floating_point() else t for t in inputs]
+    outputs = op(*inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    wanted = [t for t in inputs if t.is_floating_point()]
+    return [*outputs, *torch.autograd.grad(outputs, wanted, [g.to(y.dtype) for g, y in zip(grads, outputs)])]
+
+
+def check(ours, theirs, exact_op, inputs, grads, dtype):
+    """Bound the errors of ours by those of theirs, both against exact_op in float64."""
+    exact = results(exact_op, [t.double() if t.is_floating_point() else t for t in inputs], grads)
+    for i, (a, b, e) in enumerate(zip(results(ours, inputs, grads), results(theirs, inputs, grads), exact)):
+        assert a.shape == e.shape and a.isfinite().all(), i
+        bound = 2 * (b.double() - e).abs().max() + EPSILON[dtype] * e.abs().max().clamp(min=1)
+        assert (a.double() - e).abs().max() <= bound, (i, (a.double() - e).abs().max(), bound)
+
+
+# ---- attention
+
+
+def torch_attention(slopes):
+    """PyTorch's own, with ALiBi's bias as the paper writes it, slope * (j - i), in the inputs' precision."""
+    def attention(q, k, v):
+        i = torch.arange(q.size(2))
+        bias = torch.zeros(1, 1, 1) if slopes is None else slopes[:, None, None]
+        bias = (bias.double() * (i - i[:, None])).masked_fill(i > i[:, None], -math.inf)
+        return F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype))
+    return attention
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("T, D, H", [(1, 64, 12), (77, 80, 3), (130, 128, 2), (130, 32, 2), (257, 64, 12), (257, 96, 1)])
+@pytest.mark.parametrize("alibi", [True, False])
+def test_attention(T, D, H, alibi, dtype):
+    torch.manual_seed(T)
+    q, k, v = torch.randn(2, T, 3, H, D).to(dtype).permute(2, 0, 3, 1, 4)      # slices of one projection
+    slopes = m.alibi_slopes(H) if alibi else None
+    check(lambda *qkv: m.attention(*qkv, slopes), torch_attention(slopes), torch_attention(slopes), (q, k, v),
+          [torch.randn(2, H, T, D)], dtype)
+
+
+def test_attention_takes_any_layout():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 3, 40, 64)
+    y = m.attention(q, k, v)
+    assert torch.equal(y, m.attention(q.transpose(1, 2).contiguous().transpose(1, 2), k,
+                                      v.mT.contiguous().mT))                  # each in an order of its own
+    one = torch.randn(2, 40, 3, 3, 64).permute(2, 0, 3, 1, 4)
+    assert torch.equal(m.attention(*one), m.attention(*one.contiguous()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_of_extreme_scores(dtype):
+    """Scores around +-1e4, and rows that are constant or zero: no overflow, no NaN, still the softmax."""
+    torch.manual_seed(0)
+    q, k, v = (100 * torch.randn(3, 1, 2, 70, 64)).to(dtype)
+    q[:, :, 10], k[:, :, 20], q[:, :, 30:33], k[:, :, 40:50] = 0, 0, 77, -77
+    slopes = m.alibi_slopes(2)
+    exact = torch_attention(slopes)(q.double(), k.double(), v.double())
+    theirs = (torch_attention(slopes)(q, k, v).double() - exact).abs().max()
+    y, dq, dk, dv = results(lambda *qkv: m.attention(*qkv, slopes), (q, k, v), [torch.randn(1, 2, 70, 64)])
+    assert all(t.isfinite().all() for t in (y, dq, dk, dv))
+    assert (y.double() - exact).abs().max() <= 2 * theirs + 1e-3 * exact.abs().max()
+
+
+def test_attention_never_looks_ahead():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, 100, 64)
+    y = m.attention(q, k, v, m.alibi_slopes(2))
+    for j in (0, 31, 32, 63, 64, 99):
+        k2, v2 = k.clone(), v.clone()
+        k2[:, :, j], v2[:, :, j] = torch.randn(2, 1, 2, 64)
+        same = (m.attention(q, k2, v2, m.alibi_slopes(2)) == y).all(-1).all(1)[0]
+        assert same[:j].all() and not same[j:].any()
+
+
+def weights(q, k, slopes, dropout_p, seed):
+    """The (B, H, T, T) weights after dropout, read off by columns of an identity for v."""
+    B, H, T, D = q.shape
+    columns = []
+    for part in torch.eye(T).split(D, dim=1):
+        v = F.pad(part, (0, D - part.size(1))).expand(B, H, T, D)
+        torch.manual_seed(seed)
+        columns.append(m.attention(q, k, v, slopes, dropout_p)[..., :part.size(1)])
+    return torch.cat(columns, dim=-1)
+
+
+@pytest.fixture
+def other_tiles(monkeypatch):
+    def other_tiles(M):
+        monkeypatch.setattr(m, "tiles", lambda *_: {name: (M, M, 4, 1) for name in ("fwd", "dq", "dkdv")})
+    return other_tiles
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_dropout_mask(p, other_tiles):
+    """It drops the rate it says, every head and row its own weights, and no tile size changes it."""
+    torch.manual_seed(0)
+    q, k = torch.zeros(2, 2, 2, 150, 64)
+    causal = torch.ones(150, 150).tril().bool()
+    kept = weights(q, k, None, p, seed=3) > 0
+    n = 4 * causal.sum()
+    dropped = (~kept & causal).sum() / n
+    assert abs(dropped - p) < 4 * math.sqrt(p * (1 - p) / n)
+    share = (1 - p) ** 2 + p ** 2       # of weights that two independent masks treat alike
+    for a, b in ((kept[0, 0], kept[0, 1]), (kept[0, 0], kept[1, 0]), (kept[0, 0, 1:, :-1], kept[0, 0, :-1, :-1]),
+                 (kept[0, 0, :, 1:], kept[0, 0, :, :-1]), (kept[0, 0], (weights(q, k, None, p, seed=4) > 0)[0, 0])):
+        both = causal[:a.size(0), :a.size(1)].tril(-1)
+        assert abs((a == b)[both].float().mean() - share) < 0.02
+    other_tiles(16)
+    assert torch.equal(weights(q, k, None, p, seed=3) > 0, kept)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_dropout_backward_uses_the_same_mask(p):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 2, 130, 64)
+    slopes, causal = m.alibi_slopes(2), torch.ones(130, 130).tril().bool()
+    mask = (weights(q, k, slopes, p, seed=3) != 0) / (1 - round(p * 65536) / 65536)
+    assert ((mask > 0) <= causal).all()
+
+    def ours(q, k, v):
+        torch.manual_seed(3)
+        return m.attention(q, k, v, slopes, p)
+
+    def plain(q, k, v):
+        i = torch.arange(130)
+        s = q @ k.mT / 8 + slopes.to(q.dtype)[:, None, None] * (i - i[:, None])
+        return (torch.softmax(s.masked_fill(~causal, -math.inf), -1) * mask.to(q.dtype)) @ v
+    check(ours, plain, plain, (q, k, v), [torch.randn(2, 2, 130, 64)], torch.float32)
+
+
+# ---- layer_norm
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("C", [1, 100, 768, 1536, 1600, 8192])
+@pytest.mark.parametrize("bias", [True, False])
+def test_layer_norm(C, bias, dtype):
+    torch.manual_seed(C)
+    x, w = (3 * torch.randn(2, 5, C) + 2).to(dtype), torch.randn(C)
+    inputs = (x, w, torch.randn(C)) if bias else (x, w)
+    check(m.layer_norm, lambda x, w, b=None: F.layer_norm(x, (C,), w.to(x.dtype), None if b is None else b.to(x.dtype)),
+          lambda x, w, b=None: F.layer_norm(x, (C,), w, b), inputs, [torch.randn(2, 5, C)], dtype)
+
+
+@pytest.mark.parametrize("branch", DTYPES)
+@pytest.mark.parametrize("stream", DTYPES)
+def test_layer_norm_adds_the_residual(branch, stream):
+    """Every mixture of types; the sum is in the wider one, the norm in the branch's."""
+    torch.manual_seed(0)
+    inputs = (torch.randn(6, 200).to(branch), torch.randn(200), torch.randn(200), torch.randn(6, 200).to(stream))
+    wide = torch.promote_types(branch, stream)
+
+    def theirs(x, w, b, r):
+        s = x + r
+        return F.layer_norm(s.float(), (200,), w, b).to(x.dtype), s
+
+    def exact(x, w, b, r):
+        return F.layer_norm(x + r, (200,), w, b), x + r
+    narrow = torch.bfloat16 if torch.bfloat16 in (branch, stream) else torch.float32
+    ours = lambda x, w, b, r: m.layer_norm(x, w, b, residual=r)     # noqa: E731
+    y, s = ours(*inputs)
+    assert (y.dtype, s.dtype) == (branch, wide)
+    check(ours, theirs, exact, inputs, [torch.randn(6, 200), torch.randn(6, 200)], narrow)
+
+
+def test_layer_norm_of_extreme_rows():
+    x = torch.randn(5, 300)
+    x[0], x[1], x[2], x[3] = 0, 1e4, x[2] * 1e4, x[3] * 1e-6
+    y, dx, dw, db = results(m.layer_norm, (x, torch.ones(300), torch.zeros(300)), [torch.randn(5, 300)])
+    assert all(t.isfinite().all() for t in (y, dx, dw, db))
+    torch.testing.assert_close(y, F.layer_norm(x.double(), (300,)).float(), atol=1e-5, rtol=1e-5)
+
+
+# ---- linear_cross_entropy
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("V, vocab_size", [(128, 101), (101, 101), (6000, 5000)])
+def test_linear_cross_entropy(V, vocab_size, reduction, dtype, monkeypatch):
+    torch.manual_seed(V)
+    x, w = torch.randn(50, 48).to(dtype), (0.3 * torch.randn(V, 48)).to(dtype)
+    targets = torch.randint(0, vocab_size, (50,))
+    targets[::7] = -1
+    monkeypatch.setattr(m, "CHUNK", 16 * V)             # four chunks, the last one short
+
+    def theirs(x, w):
+        return F.cross_entropy(F.linear(x, w[:vocab_size]), targets, ignore_index=-1, reduction=reduction)
+    check(lambda x, w: m.linear_cross_entropy(x, w, targets, reduction, vocab_size=vocab_size), theirs, theirs, (x, w),
+          [torch.randn(()) if reduction == "mean" else torch.randn(50)], dtype)
+
+
+def test_linear_cross_entropy_under_autocast_keeps_the_weight_gradient_in_fp32():
+    torch.manual_seed(0)
+    x, w = torch.randn(20, 32).bfloat16(), torch.randn(64, 32, requires_grad=True)
+    m.linear_cross_entropy(x, w, torch.arange(20)).backward()
+    assert w.grad.dtype == torch.float32
+    exact = w.detach().double().requires_grad_()
+    F.cross_entropy(x.double() @ exact.t(), torch.arange(20)).backward()
+    assert (w.grad - exact.grad).abs().max() < 1e-2 * exact.grad.abs().max()
+
+
+def test_linear_cross_entropy_of_extreme_logits():
+    x, w = torch.zeros(4, 16), torch.randn(40, 16)
+    x[1], x[2], x[3] = 1e3 * w[5], -1e3 * w[6], 1e4
+    targets = torch.tensor([0, 5, 6, -1])
+    loss, dx, dw = results(lambda x, w: m.linear_cross_entropy(x, w, targets, "none"), (x, w), [torch.ones(4)])
+    exact = F.cross_entropy((x.double() @ w.double().t()), targets, ignore_index=-1, reduction="none")
+    torch.testing.assert_close(loss, exact.float(), rtol=1e-5, atol=1e-5)
+    assert dx.isfinite().all() and dw.isfinite().all() and not dx[3].any()
+
+
+# ---- the operators in torch, and the model on them
+
+
+def test_operators_are_registered_as_torch_wants_them():
+    """torch.library.opcheck: schema, shapes without data, autograd, and tracing by torch.compile."""
+    q, k, v = torch.randn(1, 20, 3, 2, 32).permute(2, 0, 3, 1, 4)
+    q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
+    x, w, b = (torch.randn(*shape, requires_grad=True) for shape in ((4, 24), (24,), (24,)))
+    head, targets = torch.randn(30, 24, requires_grad=True), torch.randint(0, 30, (4,))
+    for op, args in (
+            (m.attention_fwd, (q, k, v, m.alibi_slopes(2), torch.tensor([7]), 6554)),
+            (m.attention_fwd, (q, k, v, None, None, 0)),
+            (m.layer_norm_fwd, (x, w, b, 1e-5, torch.randn(4, 24, requires_grad=True))),
+            (m.layer_norm_fwd, (x, w, None, 1e-5, None)),
+            (m.lce_sum, (x, head, targets, torch.rand(4), -1, 28)),
+            (m.lce_losses, (x, head, targets, -1, 28))):
+        torch.library.opcheck(op, args)
+
+
+def test_gradients_that_are_views_are_read_by_their_strides():
+    x, w, t = torch.randn(6, 16, requires_grad=True), torch.randn(20, 16), torch.randint(0, 20, (6,))
+    grads = [torch.autograd.grad(m.linear_cross_entropy(x, w, t, "none"), x, g)[0]
+             for g in (torch.ones(()).expand(6), torch.ones(6))]
+    assert torch.equal(*grads)
+    q, k, v = torch.randn(3, 1, 2, 20, 32, requires_grad=True)
+    grads = [torch.autograd.grad(m.attention(q, k, v), q, g)[0]
+             for g in (torch.ones(()).expand(q.shape), torch.ones(q.shape))]
+    assert torch.equal(*grads)
+
+
+def small(dropout=0.0, **shape):
+    torch.manual_seed(0)
+    return GPT(GPTConfig(block_size=40, vocab_size=70, n_layer=2, n_head=3, n_embd=96, dropout=dropout, **shape))
+
+
+@pytest.mark.parametrize("shape", [dict(pos="alibi", bias=False), dict(pos="learned")])
+def test_the_model_compiles_without_a_graph_break(shape):
+    model, idx = small(**shape), torch.randint(0, 70, (2, 41))
+    loss = model(idx[:, :-1], idx[:, 1:])
+    loss.backward()
+    grads = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    compiled = torch.compile(model, fullgraph=True)
+    again = compiled(idx[:, :-1], idx[:, 1:])
+    again.backward()
+    torch.testing.assert_close(again, loss)
+    for p, g in zip(model.parameters(), grads):
+        torch.testing.assert_close(p.grad, g, atol=1e-5, rtol=1e-4)
+
+
+def test_dropout_repeats_with_torchs_seed():
+    model, idx = small(0.2, pos="alibi"), torch.randint(0, 70, (2, 41))
+    losses = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        losses.append(model(idx[:, :-1], idx[:, 1:]).item())
+    assert losses[0] == losses[1] != losses[2]
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_training_is_the_same_with_kernels_and_references(bf16, monkeypatch):
+    """20 steps of AdamW on the same batches."""
+    idx, curves = torch.randint(0, 70, (20, 1, 34)), []
+    for use_kernels in (m.use_kernels, lambda x: False):
+        monkeypatch.setattr(m, "use_kernels", use_kernels)
+        model, losses = small(pos="alibi", bias=False), []
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        for rows in idx:
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                loss = model(rows[:, :-1], rows[:, 1:])
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        curves.append(torch.tensor(losses))
+    torch.testing.assert_close(*curves, atol=2e-2 if bf16 else 1e-5, rtol=0)
+    assert curves[0].std() > 1e-2       # it did learn something
+
+
+def test_heads_too_wide_are_refused():
+    q = torch.zeros(1, 1, 4, 160)
+    with pytest.raises(m.ModelError, match="160 channels.*128"):
+        m.attention(q, q, q)
