@@ -104,25 +104,19 @@ def layer_norm_fwd_kernel(
     x, residual,                # (N, C); residual may be None
     weight, bias,               # (C,); bias may be None
     y, s,                       # (N, C): the result, and the sum where there is a residual
-    mean, rstd,                 # (N,) fp32
     eps, C: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
-    row = tl.program_id(0)
     c = tl.arange(0, BLOCK_C)
     inside = c < C
-    at = row.to(tl.int64) * C + c
+    at = tl.program_id(0).to(tl.int64) * C + c
     h = tl.load(x + at, inside, 0.0).to(tl.float32)
     if residual is not None:
-        h += tl.load(residual + at, inside, 0.0).to(tl.float32)
-        rounded = h.to(s.dtype.element_ty)
-        tl.store(s + at, rounded, inside)
-        h = rounded.to(tl.float32)          # what the stream holds is what is normalised
-    mu = tl.sum(h, 0) / C
-    centred = tl.where(inside, h - mu, 0.0)
-    r = tl.rsqrt(tl.sum(centred * centred, 0) / C + eps)
-    tl.store(mean + row, mu)
-    tl.store(rstd + row, r)
-    out = centred * r * tl.load(weight + c, inside, 0.0).to(tl.float32)
+        h = (h + tl.load(residual + at, inside, 0.0).to(tl.float32)).to(s.dtype.element_ty)
+        tl.store(s + at, h, inside)
+        h = h.to(tl.float32)                # what the stream holds is what is normalised
+    centred = tl.where(inside, h - tl.sum(h, 0) / C, 0.0)
+    rstd = tl.rsqrt(tl.sum(centred * centred, 0) / C + eps)
+    out = centred * rstd * tl.load(weight + c, inside, 0.0).to(tl.float32)
     if bias is not None:
         out += tl.load(bias + c, inside, 0.0).to(tl.float32)
     tl.store(y + at, out.to(y.dtype.element_ty), inside)
@@ -130,12 +124,11 @@ def layer_norm_fwd_kernel(
 
 @jit
 def layer_norm_bwd_kernel(
-    dy,                         # (N, C)
-    ds,                         # (N, C) or None: the gradient that reaches the sum by other ways
-    s, weight, mean, rstd,      # as the forward had and left them
+    dy, s, weight,              # (N, C), (N, C), (C,): s is what the forward normalised
+    ds,                         # (N, C) or None: the gradient that reaches s by other ways
     dx, dresidual,              # (N, C): one gradient in two dtypes; dresidual may be None
-    dweight, dbias,             # (programs, C) fp32: a partial sum from each program; dbias may be None
-    N, C: tl.constexpr, BLOCK_C: tl.constexpr,
+    dweight, dbias,             # (programs, C) fp32, each program's share of the sum; dbias may be None
+    eps, N, C: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
     program, programs = tl.program_id(0), tl.num_programs(0)
     c = tl.arange(0, BLOCK_C)
@@ -144,15 +137,16 @@ def layer_norm_bwd_kernel(
     dw = tl.zeros((BLOCK_C,), tl.float32)
     db = tl.zeros((BLOCK_C,), tl.float32)
     at = program.to(tl.int64) * C + c
-    for row in range(program, N, programs):
+    for _ in range(program, N, programs):
         g = tl.load(dy + at, inside, 0.0).to(tl.float32)
         h = tl.load(s + at, inside, 0.0).to(tl.float32)
-        r = tl.load(rstd + row)
-        xhat = tl.where(inside, (h - tl.load(mean + row)) * r, 0.0)
+        centred = tl.where(inside, h - tl.sum(h, 0) / C, 0.0)
+        rstd = tl.rsqrt(tl.sum(centred * centred, 0) / C + eps)     # cheaper than to store and read it
+        xhat = centred * rstd
         dw += g * xhat
         db += g
         g *= w
-        d = (g - tl.sum(g, 0) / C - xhat * (tl.sum(g * xhat, 0) / C)) * r
+        d = (g - tl.sum(g, 0) / C - xhat * (tl.sum(g * xhat, 0) / C)) * rstd
         if ds is not None:
             d += tl.load(ds + at, inside, 0.0).to(tl.float32)
         tl.store(dx + at, d.to(dx.dtype.element_ty), inside)
@@ -164,87 +158,77 @@ def layer_norm_bwd_kernel(
         tl.store(dbias + program * C + c, db, inside)
 
 
-def n_programs(x, block):
-    """Programs that share the rows of a backward: enough to fill the device, few enough to sum."""
-    processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
-    return processors * max(1, 8192 // block)
-
-
 @custom_op("gpt::layer_norm", mutates_args=())
-def layer_norm_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, residual: Tensor | None
-                   ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(y, s, mean, rstd); s is empty where there is no residual."""
+def layer_norm_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float
+                   ) -> tuple[Tensor, Tensor]:
+    """(y, s); s is empty where there is no residual."""
+    y, s = layer_norm_fwd_like(x, weight, bias, residual, eps)
     C = x.size(-1)
-    N, block = x.numel() // C, triton.next_power_of_2(C)
-    x, residual = x.contiguous(), None if residual is None else residual.contiguous()
-    y, s, mean, rstd = layer_norm_fwd_outputs(x, weight, bias, eps, residual)
+    block = triton.next_power_of_2(C)
     with torch.cuda.device_of(x):
-        layer_norm_fwd_kernel[(N,)](x, residual, weight, bias, y, s, mean, rstd, eps, C, block,
-                                    num_warps=n_warps(block))
-    return y, s, mean, rstd
+        layer_norm_fwd_kernel[(x.numel() // C,)](
+            x.contiguous(), None if residual is None else residual.contiguous(), weight, bias, y, s, eps, C, block,
+            num_warps=n_warps(block))
+    return y, s
 
 
 @layer_norm_fwd.register_fake
-def layer_norm_fwd_outputs(x, weight, bias, eps, residual):
+def layer_norm_fwd_like(x, weight, bias, residual, eps):
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    s = x.new_empty(0) if residual is None else torch.empty_like(y, dtype=torch.promote_types(x.dtype, residual.dtype))
-    mean = x.new_empty(x.numel() // x.size(-1), dtype=torch.float32)
-    return y, s, mean, torch.empty_like(mean)
+    return y, y.new_empty(0) if residual is None else y.new_empty(y.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
 
 
 @custom_op("gpt::layer_norm_backward", mutates_args=())
-def layer_norm_bwd(dy: Tensor, ds: Tensor | None, s: Tensor, weight: Tensor, bias: Tensor | None, mean: Tensor,
-                   rstd: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dx, dresidual, dweight, dbias); dresidual is empty where dx has its type, dbias without bias."""
+def layer_norm_bwd(dy: Tensor, ds: Tensor | None, s: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+                   ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dx, dresidual, dweight, dbias); dresidual is empty where dx serves for both, dbias without bias."""
+    dx, dresidual, dweight, dbias = layer_norm_bwd_like(dy, ds, s, weight, bias, eps)
     C = s.size(-1)
     N, block = s.numel() // C, triton.next_power_of_2(C)
-    dx, dresidual, dweight, dbias = layer_norm_bwd_outputs(dy, ds, s, weight, bias, mean, rstd)
-    programs = min(N, n_programs(s, block))
+    processors = torch.cuda.get_device_properties(s.device).multi_processor_count if s.is_cuda else 2
+    programs = min(N, processors * max(1, 8192 // block))           # they fill the device, each takes many rows
     dw = s.new_empty(programs, C, dtype=torch.float32)
     db = None if bias is None else torch.empty_like(dw)
     with torch.cuda.device_of(s):
         layer_norm_bwd_kernel[(programs,)](
-            dy.contiguous(), None if ds is None else ds.contiguous(), s, weight, mean, rstd, dx,
-            dresidual if dresidual.numel() else None, dw, db, N, C, block, num_warps=n_warps(block))
-    torch.sum(dw, 0, out=dweight) if dw.dtype == dweight.dtype else dweight.copy_(dw.sum(0))
+            dy.contiguous(), s, weight, None if ds is None else ds.contiguous(), dx,
+            dresidual if dresidual.numel() else None, dw, db, eps, N, C, block, num_warps=n_warps(block))
+    dweight.copy_(dw.sum(0))
     if bias is not None:
         dbias.copy_(db.sum(0))
     return dx, dresidual, dweight, dbias
 
 
 @layer_norm_bwd.register_fake
-def layer_norm_bwd_outputs(dy, ds, s, weight, bias, mean, rstd):
+def layer_norm_bwd_like(dy, ds, s, weight, bias, eps):
     dx = torch.empty_like(dy, memory_format=torch.contiguous_format)
-    dresidual = torch.empty_like(s) if ds is not None and s.dtype != dy.dtype else s.new_empty(0)
-    return dx, dresidual, torch.empty_like(weight), weight.new_empty(0) if bias is None else torch.empty_like(bias)
+    return (dx, s.new_empty(0 if ds is None or s.dtype == dy.dtype else s.shape), torch.empty_like(weight),
+            weight.new_empty(0) if bias is None else torch.empty_like(bias))
 
 
 def layer_norm_save(ctx, inputs, output):
-    x, weight, bias, _, residual = inputs
-    _, s, mean, rstd = output
-    ctx.has_residual = residual is not None
-    ctx.save_for_backward(s if ctx.has_residual else x, weight, bias, mean, rstd)
+    x, weight, bias, residual, ctx.eps = inputs
+    ctx.residual_dtype = None if residual is None else residual.dtype
+    ctx.save_for_backward((x if residual is None else output[1]).contiguous(), weight, bias)
 
 
-def layer_norm_grad(ctx, dy, ds, _dmean, _drstd):
-    s, weight, bias, mean, rstd = ctx.saved_tensors
-    dx, dresidual, dweight, dbias = layer_norm_bwd(dy, ds if ctx.has_residual else None, s.contiguous(), weight, bias,
-                                                   mean, rstd)
-    if not ctx.has_residual:
-        dresidual = None
-    elif s.dtype == dy.dtype:
-        dresidual = dx
-    return dx, dweight, None if bias is None else dbias, None, dresidual
+def layer_norm_grad(ctx, dy, ds):
+    s, weight, bias = ctx.saved_tensors
+    ds = None if ctx.residual_dtype is None else ds
+    dx, dresidual, dweight, dbias = layer_norm_bwd(dy, ds, s, weight, bias, ctx.eps)
+    if ds is not None:
+        ds = (dresidual if dresidual.numel() else dx).to(ctx.residual_dtype)
+    return dx, dweight, None if bias is None else dbias, ds, None
 
 
 layer_norm_fwd.register_autograd(layer_norm_grad, setup_context=layer_norm_save)
 
 
 def layer_norm(x, weight, bias=None, eps=1e-5, residual=None):
-    """layer_norm_ref's contract, on any C up to 8192."""
+    """layer_norm_ref's contract, for C up to 8192: one pass over the rows, one more backward."""
     if not use_kernels(x):
         return layer_norm_ref(x, weight, bias, eps, residual)
-    y, s, _, _ = layer_norm_fwd(x, weight, bias, eps, residual)
+    y, s = layer_norm_fwd(x, weight, bias, residual, eps)
     return y if residual is None else (y, s)
 
 

@@ -264,8 +264,8 @@ def test_operators_are_registered_as_torch_wants_them():
     for op, args in (
             (m.attention_fwd, (q, k, v, m.alibi_slopes(2), torch.tensor([7]), 6554)),
             (m.attention_fwd, (q, k, v, None, None, 0)),
-            (m.layer_norm_fwd, (x, w, b, 1e-5, torch.randn(4, 24, requires_grad=True))),
-            (m.layer_norm_fwd, (x, w, None, 1e-5, None)),
+            (m.layer_norm_fwd, (x, w, b, torch.randn(4, 24, requires_grad=True), 1e-5)),
+            (m.layer_norm_fwd, (x, w, None, None, 1e-5)),
             (m.lce_sum, (x, head, targets, torch.rand(4), -1, 28)),
             (m.lce_losses, (x, head, targets, -1, 28))):
         torch.library.opcheck(op, args)

@@ -1,0 +1,36 @@
+"""The Triton kernels where there is no GPU: what they compute, and what they compile to."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import model as m
+
+pytest.importorskip("triton", reason="Triton has no build for this system; the references serve here")
+TESTS = Path(__file__).resolve().parent
+
+
+def test_cpu_tensors_take_the_references():
+    assert not m.use_kernels(torch.zeros(1))
+
+
+def test_kernels_in_the_interpreter():
+    """tests/interpreted.py, in a process of its own."""
+    result = subprocess.run([sys.executable, "-m", "pytest", "-q", TESTS / "interpreted.py"], text=True,
+                            capture_output=True, env={**os.environ, "TRITON_INTERPRET": "1"})
+    print(result.stdout)
+    assert result.returncode == 0 and " passed" in result.stdout and "skipped" not in result.stdout
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_kernels_compile_for(arch):
+    """Every kernel as it would be launched: no spilled register, shared memory that fits (tests/aot.py)."""
+    result = subprocess.run([sys.executable, TESTS / "aot.py", arch], text=True, capture_output=True)
+    print(result.stdout, result.stderr)
+    assert result.returncode == 0
+    for kernel in ("attention_fwd", "attention_bwd_dq", "attention_bwd_dkdv", "layer_norm_fwd", "layer_norm_bwd",
+                   "cross_entropy"):
+        assert f"| {kernel} |" in result.stdout
