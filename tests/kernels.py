@@ -1,6 +1,7 @@
-"""The Triton kernels against float64, on CPU tensors, by Triton's interpreter.
+"""The Triton kernels against float64: on CPU tensors by Triton's interpreter, or on a GPU.
 
-    TRITON_INTERPRET=1 python -m pytest tests/interpreted.py
+    TRITON_INTERPRET=1 python -m pytest tests/kernels.py
+    python -m pytest tests/kernels.py                           with a GPU
 
 Triton decides when model.py is imported whether it interprets, so these tests need a process of
 their own; tests/test_kernels.py starts it. An error may be twice that of PyTorch's own operator at
@@ -19,6 +20,8 @@ from triton.runtime import interpreter
 import model as m
 from model import GPT, GPTConfig
 
+DEVICE = "cpu" if m.INTERPRET else "cuda"
+torch.set_default_device(DEVICE)
 EPSILON = {torch.float32: 4e-6, torch.bfloat16: 1e-3}
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -34,7 +37,7 @@ interpreter._convert_float = convert_float
 
 
 def test_the_kernels_are_what_runs():
-    assert m.INTERPRET and m.use_kernels(torch.zeros(1)) and not m.use_kernels(torch.zeros(1, dtype=torch.float64))
+    assert m.use_kernels(torch.zeros(1)) and not m.use_kernels(torch.zeros(1, dtype=torch.float64))
 
 
 def results(op, inputs, grads):
@@ -320,7 +323,7 @@ def test_training_is_the_same_with_kernels_and_references(bf16, monkeypatch):
         model, losses = small(pos="alibi", bias=False), []
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         for rows in idx:
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            with torch.autocast(DEVICE, torch.bfloat16, enabled=bf16):
                 loss = model(rows[:, :-1], rows[:, 1:])
             loss.backward()
             optimizer.step()
