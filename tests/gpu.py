@@ -1,6 +1,6 @@
 """What needs a GPU, in pieces of a few minutes each; every piece prints a table.
 
-    python tests/gpu.py correct                 the kernels against float64: tests/kernels.py on this device
+    python tests/gpu.py correct                 the kernels against float64: tests/kernel_cases.py on this device
     python tests/gpu.py kernels                 their speed beside PyTorch's and Liger's: tests/bench_kernels.py
     python tests/gpu.py tiles D                 other tile sizes for attention with heads of D
     python tests/gpu.py speed PATH_TO_NANOGPT   tests/bench_train.py on this device
@@ -63,7 +63,7 @@ if __name__ == "__main__":
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}\n")
     match sys.argv[1:]:
         case ["correct"]:
-            sys.exit(subprocess.run([sys.executable, "-m", "pytest", "-q", str(ROOT / "tests/kernels.py")]).returncode)
+            sys.exit(subprocess.run([sys.executable, "-m", "pytest", "-q", str(ROOT / "tests/kernel_cases.py")]).returncode)
         case ["kernels"]:
             sys.exit(script("bench_kernels.py"))
         case ["tiles", D]:

@@ -18,8 +18,8 @@ def test_cpu_tensors_take_the_references():
 
 
 def test_kernels_in_the_interpreter():
-    """tests/kernels.py, in a process of its own."""
-    result = subprocess.run([sys.executable, "-m", "pytest", "-q", TESTS / "kernels.py"], text=True,
+    """tests/kernel_cases.py, in a process of its own."""
+    result = subprocess.run([sys.executable, "-m", "pytest", "-q", TESTS / "kernel_cases.py"], text=True,
                             capture_output=True, env={**os.environ, "TRITON_INTERPRET": "1"})
     print(result.stdout, result.stderr)
     assert result.returncode == 0

@@ -1,7 +1,7 @@
 """The Triton kernels against float64: on CPU tensors by Triton's interpreter, or on a GPU.
 
-    TRITON_INTERPRET=1 python -m pytest tests/kernels.py
-    python -m pytest tests/kernels.py                           with a GPU
+    TRITON_INTERPRET=1 python -m pytest tests/kernel_cases.py
+    python -m pytest tests/kernel_cases.py                           with a GPU
 
 Triton decides when model.py is imported whether it interprets, so these tests need a process of
 their own; tests/test_kernels.py starts it. An error may be twice that of PyTorch's own operator at
