@@ -454,14 +454,14 @@ def tiles(q, dropout):
     resumed must end with the same bits. Before Hopper they fit the 99 KB of a 24 GB card.
     """
     T, D = q.shape[2:]
-    wide, edge = D > 64, T % 128 > 0
+    wide, masked = D > 64, T % 128 > 0 or D & (D - 1) > 0       # masked loads and dropout take registers
     if q.dtype == torch.float32:
-        tile = (16, 16, 4, 1) if wide else (32, 32, 4, 1)
+        tile = (16, 16, 8, 1) if wide else (32, 32, 4, 1)
         return dict(fwd=tile, dq=tile, dkdv=(16, 16, 4, 1))
     if not is_hopper(q):
         return dict(fwd=(64, 64, 4, 2), dq=(64, 32, 4, 2), dkdv=(32, 32, 4, 2) if dropout else (32, 64, 8, 2))
     return dict(fwd=(128, 64, 8 if wide or dropout else 4, 3), dq=(128, 64, 8, 2 if wide else 3),
-                dkdv=(32 if wide and (dropout or edge) else 64, 128, 8, 2))
+                dkdv=(32 if wide and (dropout or masked) else 64, 128, 8, 2))
 
 
 def launch(kernel, tile, q, *args, by="M"):
@@ -609,7 +609,7 @@ def cross_entropy_kernel(
             tl.store(logits + v + cols, d.to(logits.dtype.element_ty), v + cols < V)
 
 
-CHUNK = 2**27       # logits that exist at a time
+CHUNK = 2**27       # logits that exist at a time: 256 MiB of bf16
 
 
 def cross_entropy_chunks(x, weight, targets, g, ignore_index, vocab_size):
@@ -632,7 +632,10 @@ def cross_entropy_chunks(x, weight, targets, g, ignore_index, vocab_size):
                 vocab_size, V, min(4096, triton.next_power_of_2(V)), num_warps=8)
         if g is not None:       # logits are their gradient now
             torch.mm(logits, w, out=dx[rows])
-            dw += torch.mm(logits.t(), x[rows])
+            if x.is_cuda and x.dtype != torch.float32:      # bf16 operands, their products summed in fp32
+                torch.addmm(dw, logits.t(), x[rows], out_dtype=torch.float32, out=dw)
+            else:
+                dw.addmm_(logits.t().float(), x[rows].float())
     return losses, dx, dw
 
 
