@@ -88,7 +88,8 @@ def test_attention_takes_any_layout():
     y = m.attention(q, k, v)
     assert torch.equal(y, m.attention(q.transpose(1, 2).contiguous().transpose(1, 2), k,
                                       v.mT.contiguous().mT))                  # each in an order of its own
-    one = torch.randn(2, 40, 3, 3, 64).permute(2, 0, 3, 1, 4)
+    one = torch.randn(2, 40, 3, 3, 64).permute(2, 0, 3, 1, 4)                  # as the model has them:
+    assert [t.data_ptr() for t in m.alike(*one)] == [t.data_ptr() for t in one]        # no copy
     assert torch.equal(m.attention(*one), m.attention(*one.contiguous()))
 
 
