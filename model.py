@@ -36,6 +36,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.library import custom_op
+from torch.utils.checkpoint import checkpoint
 
 try:
     import triton
@@ -820,8 +821,18 @@ class GPT(nn.Module):
         with torch.no_grad():
             self.wte.weight[config.vocab_size:] = 0     # padding: never read, never a gradient
 
+        self.checkpointing = False      # recompute each layer in the backward instead of keeping it
+
     def num_params(self):
         return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self, T):
+        """Training FLOPs of a token at context T: 6 per weight that multiplies, causal attention by its half.
+
+        The count of Kaplan et al. 2020 with attention; recomputed layers are not counted.
+        """
+        weights = self.num_params() - (0 if self.wpe is None else self.wpe.weight.numel())
+        return 6 * weights + 6 * self.config.n_layer * self.config.n_embd * T
 
     def hidden(self, idx):
         """The final, normalised stream (B, T, C) for idx (B, T)."""
@@ -834,7 +845,10 @@ class GPT(nn.Module):
             x = x + self.wpe.weight[:T]
         x, branch = F.dropout(x, self.config.dropout, self.training), None
         for block in self.h:
-            x, branch = block(x, branch, self.slopes)
+            if self.checkpointing and self.training:
+                x, branch = checkpoint(block, x, branch, self.slopes, use_reentrant=False)
+            else:
+                x, branch = block(x, branch, self.slopes)
         return self.ln_f(branch, residual=x)[0]
 
     def forward(self, idx, targets=None, reduction="mean"):
@@ -968,12 +982,12 @@ def load(path, device="cpu"):
     return build(config, checkpoint["model"], path).to(device).eval(), checkpoint["meta"]
 
 
-def load_pickle(path):
+def load_pickle(path, mmap=False):
     """torch.load that runs no code from the file and fails in one line. Raises ModelError."""
     if not os.path.isfile(path):
         raise ModelError(f"{path}: no such checkpoint")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError):
         raise ModelError(f"{path}: not a checkpoint, or cut short")
 

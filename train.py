@@ -18,6 +18,7 @@ import json
 import math
 import os
 import platform
+import resource
 import runpy
 import signal
 import subprocess
@@ -25,20 +26,31 @@ import sys
 import time
 import types
 import typing
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 
-import numpy as np
-import torch
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")    # no fragments; read by torch
 
-from model import OPENAI, GPT, GPTConfig, ModelError, atomic_save, load, load_pickle, save
-from prepare import DataError, get_tokenizer, open_bin, token_bytes
+import numpy as np                                                              # noqa: E402
+import torch                                                                    # noqa: E402
+import torch.distributed as dist                                                # noqa: E402
+from torch.distributed.optim import ZeroRedundancyOptimizer                     # noqa: E402
+from torch.nn.parallel import DistributedDataParallel                           # noqa: E402
+
+from model import OPENAI, GPT, GPTConfig, ModelError, atomic_save, load, load_pickle, save    # noqa: E402
+from prepare import DataError, get_tokenizer, open_bin, token_bytes            # noqa: E402
+
+MAX_SKIPS = 10                          # steps in a row whose loss or gradient is not finite
+PATIENCE = timedelta(minutes=10)        # how long a rank waits for another before all of them end
 
 
 class ConfigError(ValueError):
     """A key, a value or a combination that cannot be trained; the message is one line."""
+
+
+class Diverged(RuntimeError):
+    """MAX_SKIPS steps in a row were not finite."""
 
 
 # ---------------------------------------------------------------------------------------------
@@ -55,8 +67,10 @@ class Config:
     seed: int = 1337
     # how
     device: str = "auto"                # auto: cuda, else mps, else cpu
-    dtype: str = "auto"                 # float32 or bfloat16 (autocast); auto: the faster one here
+    dtype: str = "auto"                 # float32, or bfloat16 or float16 by autocast; auto: the fastest here
     compile: bool | None = None         # torch.compile; None: on CUDA only
+    checkpoint: bool = False            # recompute each layer in the backward: far less memory, a third more work
+    zero: bool = False                  # AdamW's state shared out over the processes (ZeRO stage 1)
     # batches; block_size and batch_size do not depend on the number of processes
     block_size: int = 1024              # tokens of context
     batch_size: int = 512               # sequences per step, over all processes
@@ -90,7 +104,7 @@ class Config:
 
 
 SHAPE = ("n_layer", "n_head", "n_embd", "bias", "pos")
-CHOICES = dict(device=("auto", "cuda", "mps", "cpu"), dtype=("auto", "float32", "bfloat16"),
+CHOICES = dict(device=("auto", "cuda", "mps", "cpu"), dtype=("auto", "float32", "bfloat16", "float16"),
                optimizer=("adamw", "adafactor"), schedule=("cosine", "linear", "constant"),
                pos=("learned", "alibi"))
 NOT_NEGATIVE = ("learning_rate", "min_lr", "warmup_steps", "weight_decay", "grad_clip", "seed")
@@ -172,6 +186,8 @@ def check(config, path, world):
     if micro == 0 or config.batch_size % (world * micro):
         raise ConfigError(f"{path}: batch_size = {config.batch_size} is not a multiple of {world} processes "
                           f"x micro_batch_size {micro or 1}")
+    if config.zero and config.optimizer != "adamw":
+        raise ConfigError(f"{path}: zero = True goes with optimizer = adamw, not {config.optimizer}, whose state is small")
     try:
         GPTConfig(**{key: getattr(config, key) for key in ("block_size", "dropout", *SHAPE)})
     except ModelError as e:
@@ -238,45 +254,67 @@ def make_optimizer(model, config):
     groups = [dict(params=matrices, weight_decay=config.weight_decay), dict(params=vectors, weight_decay=0.0)]
     if config.optimizer == "adafactor":
         return torch.optim.Adafactor(groups, lr=config.learning_rate)
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
+    adamw = dict(lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
+    if config.zero and dist.is_initialized():       # Rajbhandari et al. 2020, arXiv:1910.02054
+        return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **adamw)
+    return torch.optim.AdamW(groups, **adamw)
 
 
-def train_step(model, optimizer, rows, micro_batch_size, autocast, grad_clip):
+def train_step(model, optimizer, rows, micro_batch_size, autocast, grad_clip, scaler, stop=()):
     """One optimizer step over rows (share, T + 1), micro_batch_size of them at a time.
 
-    Returns the mean loss and the gradient's norm before clipping, both still on the device.
+    Returns (loss, norm, stopping): the mean loss over all ranks and the gradient's norm before
+    clipping, as numbers, and whether `stop` holds anything on any rank. Where loss or norm is not
+    finite the weights stay as they are, on every rank. Waits for the device once, before the
+    optimizer, which runs while the next batch is fetched.
     """
     micro_batches = rows.split(micro_batch_size)
-    loss_sum = 0
+    loss = 0
     for i, micro_batch in enumerate(micro_batches):
         idx, targets = micro_batch[:, :-1], micro_batch[:, 1:]      # each (B, T)
         last = i == len(micro_batches) - 1          # gradients are averaged over ranks once a step
         with nullcontext() if last or not dist.is_initialized() else model.no_sync():
             with autocast:
-                loss = model(idx, targets) / len(micro_batches)
-            loss.backward()
-        loss_sum += loss.detach()
+                part = model(idx, targets) / len(micro_batches)
+            scaler.scale(part).backward()
+        loss += part.detach()
+    scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-    optimizer.step()
+    report = torch.stack([loss.float(), norm.float(), torch.full_like(loss, bool(stop)).float()])
+    if dist.is_initialized():
+        dist.all_reduce(report)                     # what is not finite on one rank is so on all
+        report /= dist.get_world_size()
+    loss, norm, stopping = report.tolist()          # the wait
+    if math.isfinite(loss) and math.isfinite(norm):
+        scaler.step(optimizer)
+    scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return loss_sum, norm
+    return loss, norm, stopping > 0
 
 
-def evaluate(model, tokens, config, autocast, rank=0, world=1):
+def evaluate(model, tokens, config, autocast, rank=0, world=1, stop=()):
     """Mean loss in nats per token, and the target tokens it was measured on (a numpy array).
 
-    The blocks are spread evenly over the bin and always the same; ranks share them.
+    The blocks are spread evenly over the bin and always the same; ranks share them. The loss is
+    None where, on any rank, `stop` came to hold something before the end.
     """
     T = config.block_size
     n = (len(tokens) - 1) // T
     count = min(n, math.ceil(config.eval_tokens / T))
     starts = np.arange(count) * n // count * T
     batch_size = config.micro_batch_size or config.batch_size // world
-    total = torch.tensor(model.total_loss(tokens, starts[rank::world], T, batch_size, autocast), dtype=torch.float64)
+    mine = starts[rank::world]
+    total = torch.zeros(2, dtype=torch.float64)         # the sum of losses, and how many were asked to stop
+    for i in range(0, len(mine), batch_size):
+        if stop:
+            break
+        total[0] += model.total_loss(tokens, mine[i:i + batch_size], T, batch_size, autocast)
+    total[1] = bool(stop)
     if world > 1:
         total = total.to(model.wte.weight.device)
         dist.all_reduce(total)
-    return total.item() / (count * T), np.concatenate([tokens[s + 1:s + T + 1] for s in starts])
+    loss, stopped = total.tolist()
+    return None if stopped else loss / (count * T), np.concatenate([tokens[s + 1:s + T + 1] for s in starts])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -299,23 +337,36 @@ def keep_memory():
         mallopt(key, value)     # never trim, grow in 64 MiB, no mappings of single blocks, one heap
 
 
+def matmul_flops(device, dtype):
+    """FLOP/s that this device reaches in a large product of square matrices: the measure of MFU."""
+    n, repeats = (8192, 10) if device.type == "cuda" else (768, 1)
+    a = torch.randn(n, n, device=device).to(dtype)
+    seconds = []
+    for _ in range(6):
+        start = time.perf_counter()
+        for _ in range(repeats):
+            b = a @ a
+        b[0, 0].item()                      # .item() waits for the device
+        seconds.append(time.perf_counter() - start)
+    return 2 * n**3 * repeats / min(seconds)
+
+
 def faster_dtype(device):
-    """("bfloat16" or "float32", why): the one in which this device multiplies matrices faster."""
+    """("bfloat16", "float16" or "float32", why): the one in which this device multiplies matrices faster."""
     if device.type == "cuda":
         has = torch.cuda.get_device_capability(device) >= (8, 0)
-        return ("bfloat16", "has bf16 units") if has else ("float32", "has no bf16 units")
-    speed = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a = torch.randn(768, 768, device=device).to(dtype)
-        seconds = []
-        for _ in range(6):
-            start = time.perf_counter()
-            (a @ a).sum().item()            # .item() waits for the device
-            seconds.append(time.perf_counter() - start)
-        speed[dtype] = 2 * 768**3 / min(seconds) / 1e9
-    fast = speed[torch.bfloat16] > 1.2 * speed[torch.float32]
-    return ("bfloat16" if fast else "float32",
-            f"measured {speed[torch.float32]:,.0f} GFLOP/s in fp32, {speed[torch.bfloat16]:,.0f} in bf16")
+        return ("bfloat16", "has bf16 units") if has else ("float16", "has no bf16 units")
+    fp32, bf16 = (matmul_flops(device, dtype) / 1e9 for dtype in (torch.float32, torch.bfloat16))
+    return ("bfloat16" if bf16 > 1.2 * fp32 else "float32",
+            f"measured {fp32:,.0f} GFLOP/s in fp32, {bf16:,.0f} in bf16")
+
+
+def memory(device):
+    """The most memory, in bytes, that this process has held at once."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def commit():
@@ -326,6 +377,16 @@ def commit():
         return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+@contextmanager
+def full_disk_survived(path):
+    """Writing may fail for want of space: the files before it stand, the run says so and goes on."""
+    try:
+        yield
+    except (OSError, RuntimeError) as e:        # torch's writer raises RuntimeError
+        reason = str(e).splitlines()[0]
+        print(f"warning: {path} not written ({reason}); the last one stands, training goes on", file=sys.stderr)
 
 
 def perplexity(loss):
@@ -430,7 +491,7 @@ def main(argv):
         keep_memory()
     distributed = "RANK" in os.environ
     if distributed:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
 
     # data
     train_path, val_path = (os.path.join(config.data, f"{side}.bin") for side in ("train", "val"))
@@ -453,7 +514,7 @@ def main(argv):
     torch.manual_seed(config.seed)
     state = None
     if config.resume and os.path.exists(f"{path}.state.pt"):
-        state = load_pickle(f"{path}.state.pt")
+        state = load_pickle(f"{path}.state.pt", mmap=True)      # one copy for all processes of a machine
         if not isinstance(state, dict) or "optimizer" not in state:
             raise ModelError(f"{path}.state.pt: not a state of train.py")
         for key in ("block_size", "batch_size", "optimizer", "seed", *SHAPE):
@@ -469,25 +530,31 @@ def main(argv):
     else:
         model, lineage = make_model(config, given, meta)
     model.to(device).train()
+    model.checkpointing = config.checkpoint
     optimizer = make_optimizer(model, config)
-    step, best = 0, math.inf
-    if state:
-        optimizer.load_state_dict(state["optimizer"])
-        step, best = state["step"], state["best"]
     dtype, why = config.dtype, "as configured"
     if dtype == "auto":
         choice = [(state["dtype"], "as before") if state else faster_dtype(device)]
         if distributed:         # one choice for all ranks
             dist.broadcast_object_list(choice, device=device)
         dtype, why = choice[0]
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+    autocast = torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
+    step, best, skips = 0, math.inf, 0          # skips: steps in a row, up to this one, that were not finite
+    if state:
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        step, best, skips = state["step"], state["best"], state["skips"]
+    peak = world * matmul_flops(device, getattr(torch, dtype))
+    flops_per_step = model.flops_per_token(config.block_size) * tokens_per_step
 
     compiled = device.type == "cuda" if config.compile is None else config.compile
     if compiled:
         model.compile()
     runner = model
     if distributed:
-        runner = DistributedDataParallel(model, device_ids=[local_rank] if device.type == "cuda" else None)
+        runner = DistributedDataParallel(model, device_ids=[local_rank] if device.type == "cuda" else None,
+                                         gradient_as_bucket_view=True)      # gradients live once
 
     say(f"{name}: {model.num_params() / 1e6:.1f}M parameters, {meta['tokenizer']} tokens, "
         f"{len(train_tokens):,} for training from {config.data}")
@@ -508,22 +575,37 @@ def main(argv):
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.append(True))
 
+    def save_state():
+        if config.zero and distributed:
+            optimizer.consolidate_state_dict(to=0)
+        if master:
+            with full_disk_survived(f"{path}.state.pt"):
+                atomic_save(dict(model=model.state_dict(), model_config=asdict(model.config), step=step, best=best,
+                                 skips=skips, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+                                 config=asdict(config), dtype=dtype, fingerprint=fingerprint, lineage=lineage),
+                            f"{path}.state.pt")
+
     micro = config.micro_batch_size or config.batch_size // world
     began, began_step = time.time(), step
     since, since_step = began, step
-    while True:
-        if step % config.eval_interval == 0 or step >= max_steps:
-            val_loss, targets = evaluate(model, val_tokens, config, autocast, rank, world)
+    stopping = False
+    while not stopping:
+        if step % config.eval_interval == 0 or step >= max_steps:       # its state is already saved
+            val_loss, targets = evaluate(model, val_tokens, config, autocast, rank, world, stop)
+            if val_loss is None:
+                stopping = True
+                continue
             bits_per_byte = val_loss * len(targets) / math.log(2) / bytes_of[targets].sum()
             say(f"step {step:6}   val loss {val_loss:.4f}   perplexity {perplexity(val_loss):,.2f}   "
                 f"bits per byte {bits_per_byte:.4f}")
             if master:
-                log.write(step=step, tokens=step * tokens_per_step, val_loss=val_loss, bits_per_byte=bits_per_byte)
-                if val_loss < best:
-                    save(f"{path}.pt", model, step=step, tokens=step * tokens_per_step, val_loss=val_loss,
-                         tokenizer=meta["tokenizer"], data=config.data, fingerprint=fingerprint,
-                         lineage=lineage)
-                log.plot(f"{path}.png")
+                with full_disk_survived(path):
+                    log.write(step=step, tokens=step * tokens_per_step, val_loss=val_loss, bits_per_byte=bits_per_byte)
+                    if val_loss < best:
+                        save(f"{path}.pt", model, step=step, tokens=step * tokens_per_step, val_loss=val_loss,
+                             tokenizer=meta["tokenizer"], data=config.data, fingerprint=fingerprint,
+                             lineage=lineage)
+                    log.plot(f"{path}.png")
             best = min(best, val_loss)
             since, since_step = time.time(), step
             if step == began_step:
@@ -540,34 +622,39 @@ def main(argv):
         if device.type == "cuda":
             rows = rows.pin_memory()
         rows = rows.to(device, non_blocking=True)
-        loss, norm = train_step(runner, optimizer, rows, micro, autocast, config.grad_clip)
+        loss, norm, stopping = train_step(runner, optimizer, rows, micro, autocast, config.grad_clip, scaler, stop)
         step += 1
 
-        # the step's one wait for the device; loss and the wish to stop are shared by all ranks
-        report = torch.stack([loss, torch.full_like(loss, bool(stop))])
-        if distributed:
-            dist.all_reduce(report)
-        loss, stopping = report[0].item() / world, report[1].item() > 0
-
-        if step % config.log_interval == 0 or step == max_steps:
+        if math.isfinite(loss) and math.isfinite(norm):
+            skips = 0
+        else:
+            skips += 1
+            say(f"step {step:6}   skipped: loss {loss}, norm {norm}")
+            if master:
+                with full_disk_survived(path):
+                    log.write(step=step, tokens=step * tokens_per_step, skipped=f"loss {loss}, norm {norm}")
+            if skips == MAX_SKIPS:
+                raise Diverged(f"{name}: {skips} steps in a row, up to step {step}, were not finite; {path}.state.pt "
+                               "is as it was last saved; lower learning_rate, or change seed")
+        if (step % config.log_interval == 0 or step == max_steps) and not skips:
             now = time.time()
-            speed = (step - since_step) * tokens_per_step / (now - since)
+            speed = (step - since_step) / (now - since)         # steps per second
             left = (max_steps - step) * (now - began) / (step - began_step)
             since, since_step = now, step
             say(f"step {step:6}/{max_steps}   {step * tokens_per_step / 1e6:.2f}M tokens   loss {loss:.4f}   "
-                f"norm {norm.item():.2f}   lr {lr:.2e}   {speed:,.0f} tok/s   left {clock(left)}")
+                f"norm {norm:.2f}   lr {lr:.2e}   {speed * tokens_per_step:,.0f} tok/s   "
+                f"MFU {speed * flops_per_step / peak:.0%}   {memory(device) / 2**30:.1f} GiB   left {clock(left)}")
             if master:
-                log.write(step=step, tokens=step * tokens_per_step, loss=loss, norm=norm.item(), lr=lr,
-                          tokens_per_second=round(speed))
-        if master and (step % config.save_interval == 0 or step == max_steps or stopping):
-            atomic_save(dict(model=model.state_dict(), model_config=asdict(model.config), step=step, best=best,
-                             optimizer=optimizer.state_dict(), config=asdict(config), dtype=dtype,
-                             fingerprint=fingerprint, lineage=lineage), f"{path}.state.pt")
-        if stopping:
-            say(f"stopped at step {step}; the same command goes on from {path}.state.pt")
-            break
+                with full_disk_survived(path):
+                    log.write(step=step, tokens=step * tokens_per_step, loss=loss, norm=norm, lr=lr,
+                              tokens_per_second=round(speed * tokens_per_step))
+        if stopping or step == max_steps or step % config.save_interval == 0 or step % config.eval_interval == 0:
+            save_state()
+    if stopping:
+        say(f"stopped at step {step}; the same command " +
+            (f"goes on from {path}.state.pt" if step else "starts over"))
 
-    if master and step >= max_steps:
+    elif master:
         start = torch.from_numpy(val_tokens[None, :32].astype(np.int64)).to(device)
         generator = torch.Generator(device).manual_seed(config.seed)
         with autocast:
@@ -588,5 +675,5 @@ if __name__ == "__main__":
         main(sys.argv[1:])
     except KeyboardInterrupt:       # before the first step; later the run saves first
         sys.exit(130)
-    except (ConfigError, DataError, ModelError, OSError) as e:
+    except (ConfigError, DataError, Diverged, ModelError, OSError) as e:
         sys.exit(f"train.py: {e}" if os.environ.get("RANK", "0") == "0" else 1)

@@ -57,12 +57,13 @@ def our_step(model, dtype, device, compiled):
     autocast = torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16")
     if compiled:
         model.compile()
-    return lambda rows: train_step(model, optimizer, rows, len(rows), autocast, 1.0)[0]
+    scaler = torch.amp.GradScaler(device, enabled=False)
+    return lambda rows: train_step(model, optimizer, rows, len(rows), autocast, 1.0, scaler)[0]
 
 
 def timed(step, rows):
     start = time.perf_counter()
-    loss = step(rows).item()        # .item() waits for the device
+    loss = float(step(rows))        # waits for the device
     return time.perf_counter() - start, loss
 
 

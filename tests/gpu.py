@@ -28,7 +28,7 @@ def run_1_1b(steps=8):
                           **{key: getattr(config, key) for key in SHAPE})).to("cuda").train()
     optimizer = make_optimizer(model, config)
     model.compile()
-    autocast = torch.autocast("cuda", torch.bfloat16)
+    autocast, scaler = torch.autocast("cuda", torch.bfloat16), torch.amp.GradScaler("cuda", enabled=False)
     print("| micro batch | tokens/s | peak GiB | loss |\n|---|---|---|---|")
     for micro in (1, 2, 4, 8):
         try:
@@ -37,8 +37,8 @@ def run_1_1b(steps=8):
                     torch.cuda.synchronize()
                     start = time.perf_counter()
                 rows = torch.randint(0, 50257, (micro, config.block_size + 1), device="cuda")
-                loss, _ = train_step(model, optimizer, rows, micro, autocast, config.grad_clip)
-            loss = loss.item()      # waits for the device
+                loss, _, _ = train_step(model, optimizer, rows, micro, autocast, config.grad_clip, scaler)
+            torch.cuda.synchronize()
         except torch.cuda.OutOfMemoryError:
             print(f"| {micro} | out of memory | | |")
             break
