@@ -844,9 +844,10 @@ class GPT(nn.Module):
                                  f"at block_size={self.config.block_size}")
             x = x + self.wpe.weight[:T]
         x, branch = F.dropout(x, self.config.dropout, self.training), None
-        for block in self.h:
-            if self.checkpointing and self.training:
-                x, branch = checkpoint(block, x, branch, self.slopes, use_reentrant=False)
+        for i, block in enumerate(self.h):
+            if self.checkpointing and self.training and i < len(self.h) - 1:    # the last is needed at once
+                # one sum per layer: given the pair, torch.compile would keep neither part nor save memory
+                x = checkpoint(lambda x, block: torch.add(*block(x, None, self.slopes)), x, block, use_reentrant=False)
             else:
                 x, branch = block(x, branch, self.slopes)
         return self.ln_f(branch, residual=x)[0]

@@ -3,6 +3,7 @@
     python train.py configs/quickstart.py                               one process
     python train.py configs/quickstart.py --max_steps=20 --dtype=float32
     torchrun --nproc_per_node=8 train.py configs/1.1B.py                one node of 8 GPUs
+    python train.py configs/1.1B.py --plan=8                            what that would take
 
 A config file is plain assignments to the keys of Config below; --key=value comes after it and
 wins. The run is named after its config file. It writes, for configs/NAME.py, into out_dir:
@@ -35,7 +36,6 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")    
 import numpy as np                                                              # noqa: E402
 import torch                                                                    # noqa: E402
 import torch.distributed as dist                                                # noqa: E402
-from torch.distributed.optim import ZeroRedundancyOptimizer                     # noqa: E402
 from torch.nn.parallel import DistributedDataParallel                           # noqa: E402
 
 from model import OPENAI, GPT, GPTConfig, ModelError, atomic_save, load, load_pickle, save    # noqa: E402
@@ -256,6 +256,7 @@ def make_optimizer(model, config):
         return torch.optim.Adafactor(groups, lr=config.learning_rate)
     adamw = dict(lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
     if config.zero and dist.is_initialized():       # Rajbhandari et al. 2020, arXiv:1910.02054
+        from torch.distributed.optim import ZeroRedundancyOptimizer     # here, for it takes long to import
         return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **adamw)
     return torch.optim.AdamW(groups, **adamw)
 
@@ -444,6 +445,61 @@ class Log:
 
 
 # ---------------------------------------------------------------------------------------------
+# The plan
+
+
+def memory_by_part(model, config, micro, gpus):
+    """Bytes on each GPU at the peak, by part: bf16 autocast, compiled, with the kernels of model.py.
+
+    What a layer keeps for its backward was read off the graphs that torch.compile makes (and is in
+    tests/test_train.py): per token and channel, in bf16, the two norms' outputs, q, k, v, y, and the
+    MLP before and after its GELU; in fp32 the stream twice; a byte for each dropout mask.
+    """
+    N, V = model.num_params(), model.wte.weight.size(0)
+    L, H, C = config.n_layer, config.n_head, config.n_embd
+    tokens = micro * config.block_size
+    layer = tokens * ((36 + 2 * (config.dropout > 0)) * C + 4 * H)
+    adafactor = sum(4 * (p.size(0) + p.size(1)) if p.dim() == 2 else 4 * p.numel() for p in model.parameters())
+    adamw = 8 * N // (gpus if config.zero else 1)
+    return {
+        "weights, fp32": 4 * N,
+        "gradients, fp32": 4 * N,
+        f"{config.optimizer} state" + f", shared by {gpus}" * (config.zero and gpus > 1):
+            adamw if config.optimizer == "adamw" else adafactor,
+        "weights, bf16 copies": 2 * (12 * C * C if config.checkpoint else N),
+        "activations" + ", checkpointed" * config.checkpoint:
+            layer + (L - 1) * tokens * 4 * C if config.checkpoint else L * layer,
+        "one layer's backward": tokens * 28 * C + (layer if config.checkpoint else 0),
+        "loss": max(6 * V * C + 2 * min(tokens * V, 2**27), 8 * V * C),
+    }
+
+
+def plan(config, name, gpus):
+    """What a run would take, on any machine; nothing is trained and no data is needed."""
+    vocab_size = 50257
+    if os.path.exists(os.path.join(config.data, "meta.json")):
+        vocab_size = open_bin(os.path.join(config.data, "train.bin"))[1]["vocab_size"]
+    with torch.device("meta"):
+        model = GPT(GPTConfig(vocab_size=vocab_size, **{key: getattr(config, key) for key in ("block_size", *SHAPE)}))
+    micro = config.micro_batch_size or config.batch_size // gpus
+    tokens_per_step = config.batch_size * config.block_size
+    flops = model.flops_per_token(config.block_size)
+    steps = config.max_steps or (config.max_tokens and math.ceil(config.max_tokens / tokens_per_step))
+    print(f"{name} on {gpus} GPUs: {model.num_params() / 1e6:,.1f}M parameters, {flops / 1e9:.2f} GFLOPs per token, "
+          f"{tokens_per_step:,} tokens per step: {config.batch_size // (gpus * micro)} micro batches of {micro} x "
+          f"{config.block_size} on each GPU\n\n| memory per GPU | GB |\n|---|---|")
+    parts = memory_by_part(model, config, micro, gpus)
+    for part, size in {**parts, "together": sum(parts.values())}.items():
+        print(f"| {part} | {size / 1e9:.1f} |")
+    if steps:
+        total = steps * tokens_per_step * flops
+        print(f"\n{steps:,} steps, {steps * tokens_per_step / 1e9:.1f}B tokens, {total:.2e} FLOPs; by what each GPU "
+              "reaches of them a second (MFU times its measured matmul peak):\n\n| TFLOP/s per GPU | hours |\n|---|---|")
+        for speed in (100, 200, 300, 400):
+            print(f"| {speed} | {total / (speed * 1e12 * gpus) / 3600:,.0f} |")
+
+
+# ---------------------------------------------------------------------------------------------
 
 
 def make_model(config, given, meta):
@@ -477,7 +533,13 @@ def main(argv):
                                (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
     master = rank == 0
     say = print if master else lambda *_: None
-    config, given, name = configure(argv, world)
+    gpus = [word.partition("=")[2] or "8" for word in argv if word.partition("=")[0] == "--plan"]
+    if gpus and not gpus[-1].isdecimal() or gpus == ["0"]:
+        raise ConfigError(f"--plan={gpus[-1]}: expected a number of GPUs")
+    argv = [word for word in argv if word.partition("=")[0] != "--plan"]
+    config, given, name = configure(argv, int(gpus[-1]) if gpus else world)
+    if gpus:
+        return plan(config, name, int(gpus[-1]))
 
     here = [d for d, has in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()),
                              ("cpu", True)) if has]
@@ -664,6 +726,7 @@ def main(argv):
             f"{len(targets):,} of {len(val_tokens):,} tokens\n"
             f"checkpoint {path}.pt\nlog        {path}.jsonl\ncurve      {path}.png")
     if distributed:
+        dist.barrier()      # a rank that leaves early takes its connections away from the others
         dist.destroy_process_group()
 
 

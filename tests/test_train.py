@@ -1,16 +1,22 @@
 import json
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
 from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY
+from functorch.compile import min_cut_rematerialization_partition
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.exc import BackendCompilerFailed
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import model as m
@@ -213,6 +219,94 @@ def test_evaluate_covers_fixed_blocks_once_and_draws_nothing():
     assert t.evaluate(model, tokens, config, nullcontext())[0] == pytest.approx((losses[0] + losses[4]) / 2, rel=1e-6)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_recomputed_layers_change_nothing(dropout):
+    results = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(block_size=16, vocab_size=50, n_layer=3, n_head=2, n_embd=32, dropout=dropout))
+        model.checkpointing = checkpointing
+        rows = torch.randint(0, 50, (2, 17))
+        loss = model(rows[:, :-1], rows[:, 1:])
+        loss.backward()
+        results.append([loss, *(p.grad for p in model.parameters())])
+    assert all(map(torch.equal, *results))
+
+
+def kept_for_backward(monkeypatch, **shape):
+    """Bytes that a compiled forward under bf16 autocast keeps for its backward, weights aside, as torch's
+    partitioner decides. The kernels are traced, not run."""
+    class Seen(Exception):
+        pass
+
+    def forward(graph, _):
+        for node in graph.graph.output_node().args[0]:
+            value = node.meta["val"] if isinstance(node, torch.fx.Node) and node.op != "placeholder" else None
+            if isinstance(value, torch.Tensor) and value.numel() > 1:
+                kept[value.untyped_storage()._cdata] = value.untyped_storage().nbytes()     # views count once
+        raise Seen
+    kept, checkpointing = {}, shape.pop("checkpointing")
+    monkeypatch.setattr(m, "use_kernels", lambda x: True)
+    model = GPT(GPTConfig(pos="alibi", bias=False, vocab_size=256, block_size=64, **shape))
+    model.checkpointing = checkpointing
+    backend = aot_autograd(fw_compiler=forward, partition_fn=partial(min_cut_rematerialization_partition,
+                                                                      compiler="inductor"))
+    rows = torch.randint(0, 256, (2, 65))
+    with pytest.raises(BackendCompilerFailed, match="Seen"), torch.autocast("cpu", torch.bfloat16):
+        torch.compile(model, backend=backend, fullgraph=True)(rows[:, :-1], rows[:, 1:])
+    torch._dynamo.reset()
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("dropout, checkpointing, per_channel", [(0.0, False, 36), (0.1, False, 38), (0.0, True, 4)])
+def test_the_plan_knows_what_a_layer_keeps(dropout, checkpointing, per_channel, monkeypatch):
+    shape = dict(n_head=2, n_embd=64, dropout=dropout, checkpointing=checkpointing)
+    layer = kept_for_backward(monkeypatch, n_layer=3, **shape) - kept_for_backward(monkeypatch, n_layer=2, **shape)
+    weights = 0 if checkpointing else 2 * 12 * 64 * 64
+    assert (layer - weights) / (2 * 64 * 64) == pytest.approx(per_channel, rel=0.1)
+    config = Config(n_layer=2, n_head=2, n_embd=64, block_size=64, dropout=dropout, checkpoint=checkpointing)
+    sizes = []
+    for config.n_layer in (2, 3):
+        parts = t.memory_by_part(GPT(GPTConfig(n_layer=config.n_layer, n_head=2, n_embd=64)), config, 2, 1)
+        sizes.append(parts["activations" + ", checkpointed" * checkpointing])
+    assert sizes[1] - sizes[0] == pytest.approx(layer - weights, rel=0.1)
+
+
+def test_a_step_that_is_not_finite_leaves_the_weights():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=8, vocab_size=64, n_layer=1, n_head=2, n_embd=16))
+    optimizer = make_optimizer(model, Config())
+    rows = torch.randint(0, 64, (2, 9))
+    train_step(model, optimizer, rows, 2, nullcontext(), 1.0, NO_SCALER)
+    before = [p.clone() for p in model.parameters()]
+    moments = [v.clone() for p in model.parameters() for v in optimizer.state[p].values()]
+    with torch.no_grad():
+        model.ln_f.weight[0] = math.inf
+    loss, norm, _ = train_step(model, optimizer, rows, 2, nullcontext(), 1.0, NO_SCALER)
+    assert not math.isfinite(loss)
+    with torch.no_grad():
+        model.ln_f.weight[0] = before[[n for n, _ in model.named_parameters()].index("ln_f.weight")][0]
+    assert all(map(torch.equal, model.parameters(), before))
+    assert all(map(torch.equal, [v for p in model.parameters() for v in optimizer.state[p].values()], moments))
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_evaluation_ends_when_asked_to_stop():
+    model = GPT(GPTConfig(block_size=8, vocab_size=64, n_layer=1, n_head=2, n_embd=16))
+    tokens = np.zeros(100, np.uint16)
+    config = Config(block_size=8, batch_size=4)
+    assert t.evaluate(model, tokens, config, nullcontext(), stop=[True])[0] is None
+
+
+def test_the_plan_needs_no_gpu_and_no_data(run, tmp_path):
+    """1.1B by hand: 36 x 12 x 1536^2 + 50304 x 1536 + norms = 1,096.6M parameters of 4 bytes."""
+    result = run("train.py", str(ROOT / "configs/1.1B.py"), "--plan=8", "--zero=true", cwd=tmp_path)
+    assert result.returncode == 0 and "1,096.6M parameters" in result.stdout
+    assert "| weights, fp32 | 4.4 |" in result.stdout and "shared by 8 | 1.1 |" in result.stdout
+    assert "19,074 steps, 10.0B tokens" in result.stdout
+    assert not list(tmp_path.iterdir())
+
+
 # ---- runs, as a user starts them
 
 
@@ -270,6 +364,71 @@ def test_a_stopped_run_goes_on_bit_for_bit(at, workspace, run):
     for name in ("tiny.pt", "tiny.state.pt"):
         whole, parts = (torch.load(workspace / d / name, weights_only=True) for d in ("whole", "parts"))
         assert all(torch.equal(whole["model"][k], parts["model"][k]) for k in whole["model"])
+
+
+def test_divergence_ends_the_run_and_keeps_the_state(workspace, run, refused):
+    run("train.py", "configs/tiny.py", "--max_steps=2", cwd=workspace)
+    state = (workspace / "out/tiny.state.pt").read_bytes()
+    line = refused("train.py", "configs/tiny.py", "--max_steps=90", "--learning_rate=1e30", "--min_lr=1e30",
+                   "--save_interval=90", "--eval_interval=90", cwd=workspace)
+    assert "10 steps in a row" in line and "not finite" in line and "learning_rate" in line
+    assert (workspace / "out/tiny.state.pt").read_bytes() == state
+    assert "skipped" in records(workspace / "out/tiny.jsonl")[-1]
+
+
+def test_a_full_disk_keeps_the_old_state_and_the_run_goes_on(workspace, run):
+    run("train.py", "configs/tiny.py", "--max_steps=2", cwd=workspace)
+    state = (workspace / "out/tiny.state.pt").read_bytes()
+    result = subprocess.run([sys.executable, str(ROOT / "train.py"), "configs/tiny.py"], cwd=workspace, text=True,
+                            capture_output=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (9**5, 9**5)))
+    assert len(state) > 9**5 and result.returncode == 0, result.stderr
+    assert "tiny.state.pt not written" in result.stderr and "Traceback" not in result.stderr
+    assert (workspace / "out/tiny.state.pt").read_bytes() == state
+    assert not list((workspace / "out").glob("*.tmp"))
+
+
+def test_fp16_scales_its_loss(workspace, run):
+    result = run("train.py", "configs/tiny.py", "--dtype=float16", cwd=workspace)
+    assert result.returncode == 0, result.stderr
+    log = [r for r in records(workspace / "out/tiny.jsonl") if "val_loss" in r]
+    assert log[-1]["val_loss"] < log[0]["val_loss"]
+    assert torch.load(workspace / "out/tiny.state.pt", weights_only=True)["scaler"]["scale"] > 1
+
+
+def test_shared_optimizer_state_changes_nothing(workspace, run):
+    """zero = True on two processes: the log of the run without, also across a stop; its state is whole."""
+    words = ["configs/tiny.py", "--micro_batch_size=2", "--checkpoint=true"]
+    assert torchrun(2, *words, "--out_dir=plain", cwd=workspace).returncode == 0
+    assert torchrun(2, *words, "--out_dir=zero", "--zero=true", "--max_steps=4", cwd=workspace).returncode == 0
+    # max_steps is part of the schedule: the uninterrupted run of four steps is the one to compare with
+    assert torchrun(2, *words, "--out_dir=four", "--max_steps=4", cwd=workspace).returncode == 0
+    assert curve(workspace / "zero/tiny.jsonl") == curve(workspace / "four/tiny.jsonl")
+    for out, zero in (("zero", "true"), ("four", "false")):
+        result = torchrun(2, *words, f"--out_dir={out}", f"--zero={zero}", cwd=workspace)
+        assert result.returncode == 0 and "going on" in result.stdout, result.stderr
+    assert curve(workspace / "zero/tiny.jsonl") == curve(workspace / "four/tiny.jsonl")
+    states = [torch.load(workspace / out / "tiny.state.pt", weights_only=True)["optimizer"]["state"]
+              for out in ("zero", "four")]
+    assert states[0].keys() == states[1].keys() and len(states[0]) > 20
+    for i in states[0]:
+        assert all(torch.equal(states[0][i][k], states[1][i][k]) for k in ("exp_avg", "exp_avg_sq"))
+
+
+def test_a_killed_rank_is_restarted_by_torchrun(workspace, run):
+    run("train.py", "configs/tiny.py", "--max_steps=300", "--out_dir=whole", cwd=workspace)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "--max-restarts=2",
+               str(ROOT / "train.py"), "configs/tiny.py", "--max_steps=300", "--out_dir=parts"]
+    agent = subprocess.Popen(command, cwd=workspace, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    log, deadline = workspace / "parts/tiny.jsonl", time.time() + 60
+    while not (log.exists() and len(log.read_text().splitlines()) > 20):
+        assert time.time() < deadline
+        time.sleep(0.05)
+    for child in Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split():
+        os.kill(int(child), signal.SIGKILL)
+    errors = agent.communicate()[1]
+    assert agent.returncode == 0, errors
+    for a, b in zip(curve(workspace / "parts/tiny.jsonl"), curve(workspace / "whole/tiny.jsonl"), strict=True):
+        assert a == pytest.approx(b, rel=1e-3)
 
 
 def test_two_processes_see_the_same_batches_and_learn_the_same(workspace, run):

@@ -1,0 +1,122 @@
+"""A run killed (SIGKILL) again and again at random moments, beside the same run left alone.
+
+    python tests/soak.py --kills 50
+
+After every kill each checkpoint on disk must load; at the end weights, optimizer state and log must
+be those of the run left alone, bit for bit. A kill can fall into the start, a step, an evaluation
+or a save. Prints one table; status 1 where anything differs.
+"""
+import argparse
+import collections
+import json
+import os
+import platform
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import model as m                                   # noqa: E402
+import prepare                                      # noqa: E402
+
+CONFIG = """
+data = "{data}"
+block_size = 64
+batch_size = 8
+max_steps = {steps}
+eval_interval = 50
+eval_tokens = 2048
+save_interval = 7
+warmup_steps = 10
+learning_rate = 1e-3
+dropout = 0.1
+dtype = "float32"
+n_layer = 2
+n_head = 2
+n_embd = 64
+bias = False
+pos = "alibi"
+"""
+
+
+def start(folder, out):
+    return subprocess.Popen([sys.executable, ROOT / "train.py", folder / "soak.py", f"--out_dir={out}"],
+                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def same(a, b):
+    """Whether two nested structures of tensors and numbers are equal bit for bit."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def contents(path):
+    return {k: v for k, v in m.load_pickle(str(path)).items() if path.name == "soak.pt" or k != "config"}    # out_dir
+
+
+def log(path):
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in records if "step" in r]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    moments = random.Random(args.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        prepare.prepare(["python"], str(folder / "data"), "bytes", 0.05)
+        (folder / "soak.py").write_text(CONFIG.format(data=folder / "data", steps=args.steps))
+        began = time.time()
+        assert start(folder, folder / "alone").wait() == 0
+        alone = time.time() - began
+        state = folder / "killed/soak.state.pt"
+        kills, corrupt, startup, reached = 0, 0, 0, collections.Counter()
+        while kills < args.kills:
+            process = start(folder, folder / "killed")
+            try:
+                process.wait(timeout=moments.uniform(2, 6))
+                sys.exit(f"the run ended after {kills} kills: give it more --steps\n{process.stderr.read()}")
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            kills += 1
+            for path in (folder / "killed").glob("*.pt"):
+                try:
+                    m.load_pickle(str(path))
+                except m.ModelError as e:
+                    corrupt += 1
+                    print(e)
+            startup += not state.exists()
+            leftovers = [path.name for path in (folder / "killed").glob("*.tmp")]
+            reached["while writing a file" if leftovers else "elsewhere"] += 1
+        last = start(folder, folder / "killed")
+        _, errors = last.communicate()
+        assert last.returncode == 0, errors
+        equal = {name: same(*(contents(folder / run / name) for run in ("alone", "killed")))
+                 for name in ("soak.pt", "soak.state.pt")}
+        equal["soak.jsonl"] = log(folder / "alone/soak.jsonl") == log(folder / "killed/soak.jsonl")
+        print(f"torch {torch.__version__}, Python {platform.python_version()}; {args.steps} steps, "
+              f"{alone:.0f} s left alone\n\n| | |\n|---|---|\n| kills | {kills} |\n| of them before the first "
+              f"checkpoint | {startup} |\n| of them while a file was being written | {reached['while writing a file']} |\n"
+              f"| checkpoints that did not load | {corrupt} |")
+        for name, answer in equal.items():
+            print(f"| {name} equal to the run left alone | {answer} |")
+        sys.exit(int(corrupt > 0 or not all(equal.values())))
+
+
+if __name__ == "__main__":
+    main()
