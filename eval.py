@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from model import OPENAI, GPT, ModelError, load
-from prepare import DataError, Parser, get_tokenizer, open_bin, token_bytes
+from prepare import DataError, Parser, count_words, get_tokenizer, open_bin, token_bytes
 
 
 class EvalError(ValueError):
@@ -28,16 +28,6 @@ def open_checkpoint(name, device):
     if name in OPENAI or os.path.isdir(name):
         return GPT.from_pretrained(name).to(device).eval(), {"tokenizer": "gpt2"}
     return load(name, device)
-
-
-def count_words(tokens, tokenizer):
-    """Words, split on white space as str.split does, in the documents of a token stream (n,)."""
-    ends = np.append(np.flatnonzero(tokens == tokenizer.eot_token), len(tokens))
-    start = words = 0
-    for end in tqdm(ends, desc="words", unit="doc", delay=3, leave=False):
-        words += len(tokenizer.decode(tokens[start:end].tolist()).split())
-        start = end + 1
-    return words
 
 
 def score(model, tokens, tokenizer, block_size, batch_size, autocast=nullcontext()):

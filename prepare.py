@@ -73,6 +73,16 @@ def token_bytes(tokenizer):
     return lengths
 
 
+def count_words(tokens, tokenizer):
+    """Words, split on white space as str.split does, in the documents of a token stream (n,)."""
+    ends = np.append(np.flatnonzero(tokens == tokenizer.eot_token), len(tokens))
+    start = words = 0
+    for end in tqdm(ends, desc="words", unit="doc", delay=3, leave=False):
+        words += len(tokenizer.decode(tokens[start:end].tolist()).split())
+        start = end + 1
+    return words
+
+
 # ---------------------------------------------------------------------------------------------
 # Sources: each yields (split, text), split "train" or "val" where the source has its own, else None
 

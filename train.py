@@ -12,9 +12,11 @@ wins. The run is named after its config file. It writes, for configs/NAME.py, in
     NAME.state.pt   everything needed to go on: the same command continues from it
     NAME.jsonl      the log; its first line holds config, versions, device, commit and data
     NAME.png        training and validation perplexity over tokens seen
+    NAME.avg.pt     with average=K: the mean of the weights at K points of the last fifth
 """
 import ctypes
 import difflib
+import gc
 import json
 import math
 import os
@@ -39,7 +41,7 @@ import torch.distributed as dist                                                
 from torch.nn.parallel import DistributedDataParallel                           # noqa: E402
 
 from model import OPENAI, GPT, GPTConfig, ModelError, atomic_save, load, load_pickle, save    # noqa: E402
-from prepare import DataError, get_tokenizer, open_bin, token_bytes            # noqa: E402
+from prepare import DataError, count_words, get_tokenizer, open_bin, token_bytes       # noqa: E402
 
 MAX_SKIPS = 10                          # steps in a row whose loss or gradient is not finite
 PATIENCE = timedelta(minutes=10)        # how long a rank waits for another before all of them end
@@ -94,6 +96,7 @@ class Config:
     beta1: float = 0.9
     beta2: float = 0.95
     grad_clip: float = 1.0              # largest norm of the gradient; 0: no clipping
+    average: int = 0                    # also write NAME.avg.pt, the mean of the weights at so many points of the last fifth
     # model; with init_from the checkpoint gives the shape, and keys set here must agree with it
     n_layer: int = 12
     n_head: int = 12
@@ -107,7 +110,7 @@ SHAPE = ("n_layer", "n_head", "n_embd", "bias", "pos")
 CHOICES = dict(device=("auto", "cuda", "mps", "cpu"), dtype=("auto", "float32", "bfloat16", "float16"),
                optimizer=("adamw", "adafactor"), schedule=("cosine", "linear", "constant"),
                pos=("learned", "alibi"))
-NOT_NEGATIVE = ("learning_rate", "min_lr", "warmup_steps", "weight_decay", "grad_clip", "seed")
+NOT_NEGATIVE = ("learning_rate", "min_lr", "warmup_steps", "weight_decay", "grad_clip", "average", "seed")
 POSITIVE = ("block_size", "batch_size", "micro_batch_size", "max_steps", "max_tokens", "max_epochs",
             "eval_interval", "eval_tokens", "save_interval", "log_interval", "n_layer", "n_head", "n_embd")
 
@@ -602,11 +605,13 @@ def main(argv):
         dtype, why = choice[0]
     autocast = torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
-    step, best, skips = 0, math.inf, 0          # skips: steps in a row, up to this one, that were not finite
+    step, best, best_step, skips = 0, math.inf, 0, 0    # skips: steps in a row, up to this one, that were not finite
+    mean = {}                                           # of the weights, on rank 0's CPU
     if state:
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
-        step, best, skips = state["step"], state["best"], state["skips"]
+        step, best, best_step, skips, mean = (state[key] for key in ("step", "best", "best_step", "skips", "mean"))
+    mean_at = sorted({round(max_steps * (1 - 0.2 * i / config.average)) for i in range(config.average)})
     peak = world * matmul_flops(device, getattr(torch, dtype))
     flops_per_step = model.flops_per_token(config.block_size) * tokens_per_step
 
@@ -643,7 +648,7 @@ def main(argv):
         if master:
             with full_disk_survived(f"{path}.state.pt"):
                 atomic_save(dict(model=model.state_dict(), model_config=asdict(model.config), step=step, best=best,
-                                 skips=skips, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+                                 best_step=best_step, skips=skips, mean=mean, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
                                  config=asdict(config), dtype=dtype, fingerprint=fingerprint, lineage=lineage),
                             f"{path}.state.pt")
 
@@ -668,7 +673,8 @@ def main(argv):
                              tokenizer=meta["tokenizer"], data=config.data, fingerprint=fingerprint,
                              lineage=lineage)
                     log.plot(f"{path}.png")
-            best = min(best, val_loss)
+            if val_loss < best:
+                best, best_step = val_loss, step
             since, since_step = time.time(), step
             if step == began_step:
                 began = since       # the first evaluation comes before any step
@@ -710,6 +716,11 @@ def main(argv):
                 with full_disk_survived(path):
                     log.write(step=step, tokens=step * tokens_per_step, loss=loss, norm=norm, lr=lr,
                               tokens_per_second=round(speed * tokens_per_step))
+        if step in mean_at and master:
+            n = mean_at.index(step)
+            for key, p in model.state_dict().items():
+                p = p.float().cpu()
+                mean[key] = mean[key].lerp(p, 1 / (n + 1)) if n else p.clone()
         if stopping or step == max_steps or step % config.save_interval == 0 or step % config.eval_interval == 0:
             save_state()
     if stopping:
@@ -721,12 +732,33 @@ def main(argv):
         generator = torch.Generator(device).manual_seed(config.seed)
         with autocast:
             sample = model.eval().generate(start, 400, temperature=0.8, generator=generator)[0].tolist()
+        words = max(1, count_words(targets, tokenizer))
+        train_loss = next((r["loss"] for r in reversed(log.records) if "loss" in r), math.nan)
+        epochs = config.batch_size / loader.n_blocks
         say(f"\na sample, 400 tokens after the first 32 of {val_path}:\n\n{tokenizer.decode(sample)}\n\n"
-            f"validation perplexity {perplexity(val_loss):,.2f}, {bits_per_byte:.4f} bits per byte, on "
-            f"{len(targets):,} of {len(val_tokens):,} tokens\n"
-            f"checkpoint {path}.pt\nlog        {path}.jsonl\ncurve      {path}.png")
+            f"on {len(targets):,} of {len(val_tokens):,} tokens for validation, {words:,} words, "
+            f"{bits_per_byte:.4f} bits per byte:\n\n"
+            "| context | model | train loss | val loss | val ppl | adj val ppl | best epoch | run |\n|---|---|---|---|"
+            f"---|---|---|---|\n| {config.block_size} | {config.init_from or f'{model.num_params() / 1e6:.1f}M'} | "
+            f"{train_loss:.4f} | {val_loss:.4f} | {perplexity(val_loss):,.2f} | "
+            f"{perplexity(val_loss * len(targets) / words):,.2f} | {best_step * epochs:.2f} of {step * epochs:.2f} | "
+            f"{path} |\n\ncheckpoint {path}.pt\nlog        {path}.jsonl\ncurve      {path}.png")
+    if mean_at and not stopping:
+        if master:
+            model.load_state_dict(mean)
+        for p in model.parameters() if distributed else ():
+            dist.broadcast(p.data, 0)
+        mean_loss, _ = evaluate(model, val_tokens, config, autocast, rank, world)
+        say(f"mean of the weights at steps {', '.join(map(str, mean_at))}: val loss {mean_loss:.4f} (the last alone "
+            f"{val_loss:.4f}), {path}.avg.pt")
+        if master:
+            with full_disk_survived(f"{path}.avg.pt"):
+                save(f"{path}.avg.pt", model, step=step, tokens=step * tokens_per_step, val_loss=mean_loss,
+                     tokenizer=meta["tokenizer"], data=config.data, fingerprint=fingerprint, lineage=lineage)
     if distributed:
         dist.barrier()      # a rank that leaves early takes its connections away from the others
+        runner = optimizer = None
+        gc.collect()        # whatever still held the process group's threads as Python ends could abort it
         dist.destroy_process_group()
 
 

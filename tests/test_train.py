@@ -3,6 +3,7 @@ import math
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -429,6 +430,48 @@ def test_a_killed_rank_is_restarted_by_torchrun(workspace, run):
     assert agent.returncode == 0, errors
     for a, b in zip(curve(workspace / "parts/tiny.jsonl"), curve(workspace / "whole/tiny.jsonl"), strict=True):
         assert a == pytest.approx(b, rel=1e-3)
+
+
+def test_the_mean_of_the_last_weights(workspace, run):
+    """Of steps 18 and 20; the same also when the run was made in two parts."""
+    words = ["configs/tiny.py", "--schedule=constant", "--dropout=0.1"]
+    result = run("train.py", *words, "--max_steps=20", "--average=2", "--out_dir=a", cwd=workspace)
+    assert result.returncode == 0 and "steps 18, 20: val loss" in result.stdout, result.stderr
+    run("train.py", *words, "--max_steps=18", "--out_dir=b", cwd=workspace)
+    early, late = (torch.load(workspace / d / "tiny.state.pt", weights_only=True)["model"] for d in ("b", "a"))
+    model, meta = m.load(str(workspace / "a/tiny.avg.pt"))
+    for name, p in model.state_dict().items():
+        torch.testing.assert_close(p, (early[name] + late[name]) / 2)
+    assert f"val loss {meta['val_loss']:.4f}" in result.stdout
+
+
+def test_a_run_ends_with_a_row_for_the_table(workspace, run):
+    result = run("train.py", "configs/tiny.py", cwd=workspace)
+    row = [line for line in result.stdout.splitlines() if line.startswith("| 32 | ")][0].split(" | ")
+    log = records(workspace / "out/tiny.jsonl")
+    val_loss = [r["val_loss"] for r in log if "val_loss" in r][-1]
+    assert float(row[2]) == pytest.approx(log[-2]["loss"], abs=1e-4)
+    assert float(row[3]) == pytest.approx(val_loss, abs=1e-4) and row[7] == "out/tiny |"
+    tokens = np.fromfile(workspace / "data/tiny/val.bin", dtype="<u2")
+    n = (len(tokens) - 1) // 32
+    starts = np.arange(16) * n // 16 * 32
+    text = bytes(int(t) if t < 256 else 32 for s in starts for t in tokens[s + 1:s + 33])
+    assert float(row[5].replace(",", "")) == pytest.approx(math.exp(val_loss * 512 / len(text.decode(errors="replace").split())),
+                                                           rel=1e-3)
+
+
+def test_two_machines_meet(workspace):
+    """Two torchrun agents, one process each, that find each other over the network (here: loopback)."""
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv-id=7",
+               "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}", str(ROOT / "train.py"), "configs/tiny.py"]
+    agents = [subprocess.Popen(command, cwd=workspace, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+              for _ in range(2)]
+    outputs = [agent.communicate(timeout=120) for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], outputs
+    assert sum("2 processes on cpu" in out for out, _ in outputs) == 1
 
 
 def test_two_processes_see_the_same_batches_and_learn_the_same(workspace, run):
