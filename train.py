@@ -16,7 +16,6 @@ wins. The run is named after its config file. It writes, for configs/NAME.py, in
 """
 import ctypes
 import difflib
-import gc
 import json
 import math
 import os
@@ -757,9 +756,9 @@ def main(argv):
                      tokenizer=meta["tokenizer"], data=config.data, fingerprint=fingerprint, lineage=lineage)
     if distributed:
         dist.barrier()      # a rank that leaves early takes its connections away from the others
-        runner = optimizer = None
-        gc.collect()        # whatever still held the process group's threads as Python ends could abort it
         dist.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(0)         # at Python's own end gloo's threads abort one process in some fifty
 
 
 if __name__ == "__main__":
