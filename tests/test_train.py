@@ -478,7 +478,7 @@ def test_two_processes_see_the_same_batches_and_learn_the_same(workspace, run):
     run("train.py", "configs/tiny.py", "--dropout=0", "--out_dir=one", cwd=workspace)
     result = torchrun(2, "configs/tiny.py", "--dropout=0", "--out_dir=two", cwd=workspace)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("val loss") == 3         # one voice
+    assert result.stdout.count("   val loss") == 3      # one voice
     result = torchrun(2, "configs/tiny.py", "--dropout=0", "--micro_batch_size=2", "--out_dir=accumulated",
                       cwd=workspace)
     assert result.returncode == 0, result.stderr
