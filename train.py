@@ -20,7 +20,6 @@ import json
 import math
 import os
 import platform
-import resource
 import runpy
 import signal
 import subprocess
@@ -32,7 +31,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 
-os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")    # no fragments; read by torch
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")     # no fragments; torch reads it
 
 import numpy as np                                                              # noqa: E402
 import torch                                                                    # noqa: E402
@@ -365,9 +364,13 @@ def faster_dtype(device):
 
 
 def memory(device):
-    """The most memory, in bytes, that this process has held at once."""
+    """The most memory, in bytes, that this process has held at once; 0 where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource         # Windows has none
+    except ImportError:
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

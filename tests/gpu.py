@@ -18,19 +18,22 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from model import GPT, GPTConfig                    # noqa: E402
-from train import configure, make_optimizer, train_step, SHAPE      # noqa: E402
+from train import SHAPE, configure, make_optimizer, matmul_flops, memory_by_part, train_step      # noqa: E402
 
 
 def run_1_1b(steps=8):
-    """Tokens/s and peak memory of configs/1.1B.py on random tokens, one micro batch a step."""
+    """Tokens/s, MFU and peak memory (beside the plan's) of configs/1.1B.py on random tokens, a micro batch a step."""
     config = configure([str(ROOT / "configs/1.1B.py")])[0]
     model = GPT(GPTConfig(block_size=config.block_size, dropout=config.dropout,
                           **{key: getattr(config, key) for key in SHAPE})).to("cuda").train()
     optimizer = make_optimizer(model, config)
     model.compile()
     autocast, scaler = torch.autocast("cuda", torch.bfloat16), torch.amp.GradScaler("cuda", enabled=False)
-    print("| micro batch | tokens/s | peak GiB | loss |\n|---|---|---|---|")
+    peak = matmul_flops(torch.device("cuda"), torch.bfloat16)
+    print(f"matmul peak {peak / 1e12:.0f} TFLOP/s\n\n| micro batch | tokens/s | MFU | peak GB | planned GB | loss |\n"
+          "|---|---|---|---|---|---|")
     for micro in (1, 2, 4, 8):
+        torch.cuda.reset_peak_memory_stats()
         try:
             for step in range(steps):
                 if step == 3:       # after compilation
@@ -40,10 +43,13 @@ def run_1_1b(steps=8):
                 loss, _, _ = train_step(model, optimizer, rows, micro, autocast, config.grad_clip, scaler)
             torch.cuda.synchronize()
         except torch.cuda.OutOfMemoryError:
-            print(f"| {micro} | out of memory | | |")
+            print(f"| {micro} | out of memory | | | | |")
             break
         speed = (steps - 3) * micro * config.block_size / (time.perf_counter() - start)
-        print(f"| {micro} | {speed:,.0f} | {torch.cuda.max_memory_allocated() / 2**30:.1f} | {loss:.3f} |", flush=True)
+        mfu = speed * model.flops_per_token(config.block_size) / peak
+        planned = sum(memory_by_part(model, config, micro, 1).values())
+        print(f"| {micro} | {speed:,.0f} | {mfu:.1%} | {torch.cuda.max_memory_allocated() / 1e9:.1f} | "
+              f"{planned / 1e9:.1f} | {loss:.3f} |", flush=True)
 
 
 def speed(nanogpt):
