@@ -94,7 +94,7 @@ class Config:
     beta1: float = 0.9
     beta2: float = 0.95
     grad_clip: float = 1.0              # largest norm of the gradient; 0: no clipping
-    average: int = 0                    # also write NAME.avg.pt, the mean of the weights at so many points of the last fifth
+    average: int = 0                    # points of the last fifth whose mean weights become NAME.avg.pt
     # model; with init_from the checkpoint gives the shape, and keys set here must agree with it
     n_layer: int = 12
     n_head: int = 12
@@ -188,7 +188,8 @@ def check(config, path, world):
         raise ConfigError(f"{path}: batch_size = {config.batch_size} is not a multiple of {world} processes "
                           f"x micro_batch_size {micro or 1}")
     if config.zero and config.optimizer != "adamw":
-        raise ConfigError(f"{path}: zero = True goes with optimizer = adamw, not {config.optimizer}, whose state is small")
+        raise ConfigError(f"{path}: zero = True goes with optimizer = adamw, not {config.optimizer}, whose state "
+                          "is small")
     try:
         GPTConfig(**{key: getattr(config, key) for key in ("block_size", "dropout", *SHAPE)})
     except ModelError as e:
@@ -490,7 +491,7 @@ def plan(config, name, gpus):
     tokens_per_step = config.batch_size * config.block_size
     flops = model.flops_per_token(config.block_size)
     steps = config.max_steps or (config.max_tokens and math.ceil(config.max_tokens / tokens_per_step))
-    print(f"{name} on {gpus} GPUs: {model.num_params() / 1e6:,.1f}M parameters, {flops / 1e9:.2f} GFLOPs per token, "
+    print(f"{name} on {gpus} GPU{'s' * (gpus > 1)}: {model.num_params() / 1e6:,.1f}M parameters, {flops / 1e9:.2f} GFLOPs per token, "
           f"{tokens_per_step:,} tokens per step: {config.batch_size // (gpus * micro)} micro batches of {micro} x "
           f"{config.block_size} on each GPU\n\n| memory per GPU | GB |\n|---|---|")
     parts = memory_by_part(model, config, micro, gpus)
@@ -539,7 +540,7 @@ def main(argv):
     master = rank == 0
     say = print if master else lambda *_: None
     gpus = [word.partition("=")[2] or "8" for word in argv if word.partition("=")[0] == "--plan"]
-    if gpus and not gpus[-1].isdecimal() or gpus == ["0"]:
+    if gpus and not (gpus[-1].isdecimal() and int(gpus[-1])):
         raise ConfigError(f"--plan={gpus[-1]}: expected a number of GPUs")
     argv = [word for word in argv if word.partition("=")[0] != "--plan"]
     config, given, name = configure(argv, int(gpus[-1]) if gpus else world)
@@ -614,6 +615,9 @@ def main(argv):
         scaler.load_state_dict(state["scaler"])
         step, best, best_step, skips, mean = (state[key] for key in ("step", "best", "best_step", "skips", "mean"))
     mean_at = sorted({round(max_steps * (1 - 0.2 * i / config.average)) for i in range(config.average)})
+    if mean_at and step >= mean_at[0] and state["config"]["average"] != config.average:
+        raise ConfigError(f"{path}.state.pt: average was {state['config']['average']} when step {mean_at[0]} went by, "
+                          f"now it is {config.average}; pass --average={state['config']['average']}")
     peak = world * matmul_flops(device, getattr(torch, dtype))
     flops_per_step = model.flops_per_token(config.block_size) * tokens_per_step
 
@@ -650,8 +654,9 @@ def main(argv):
         if master:
             with full_disk_survived(f"{path}.state.pt"):
                 atomic_save(dict(model=model.state_dict(), model_config=asdict(model.config), step=step, best=best,
-                                 best_step=best_step, skips=skips, mean=mean, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-                                 config=asdict(config), dtype=dtype, fingerprint=fingerprint, lineage=lineage),
+                                 best_step=best_step, skips=skips, mean=mean, optimizer=optimizer.state_dict(),
+                                 scaler=scaler.state_dict(), config=asdict(config), dtype=dtype,
+                                 fingerprint=fingerprint, lineage=lineage),
                             f"{path}.state.pt")
 
     micro = config.micro_batch_size or config.batch_size // world
@@ -728,7 +733,6 @@ def main(argv):
     if stopping:
         say(f"stopped at step {step}; the same command " +
             (f"goes on from {path}.state.pt" if step else "starts over"))
-
     elif master:
         start = torch.from_numpy(val_tokens[None, :32].astype(np.int64)).to(device)
         generator = torch.Generator(device).manual_seed(config.seed)

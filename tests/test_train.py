@@ -399,9 +399,8 @@ def test_fp16_scales_its_loss(workspace, run):
 def test_shared_optimizer_state_changes_nothing(workspace, run):
     """zero = True on two processes: the log of the run without, also across a stop; its state is whole."""
     words = ["configs/tiny.py", "--micro_batch_size=2", "--checkpoint=true"]
-    assert torchrun(2, *words, "--out_dir=plain", cwd=workspace).returncode == 0
     assert torchrun(2, *words, "--out_dir=zero", "--zero=true", "--max_steps=4", cwd=workspace).returncode == 0
-    # max_steps is part of the schedule: the uninterrupted run of four steps is the one to compare with
+    # max_steps is part of the schedule: the plain run must stop at four too
     assert torchrun(2, *words, "--out_dir=four", "--max_steps=4", cwd=workspace).returncode == 0
     assert curve(workspace / "zero/tiny.jsonl") == curve(workspace / "four/tiny.jsonl")
     for out, zero in (("zero", "true"), ("four", "false")):
@@ -432,8 +431,8 @@ def test_a_killed_rank_is_restarted_by_torchrun(workspace, run):
         assert a == pytest.approx(b, rel=1e-3)
 
 
-def test_the_mean_of_the_last_weights(workspace, run):
-    """Of steps 18 and 20; the same also when the run was made in two parts."""
+def test_the_mean_of_the_last_weights(workspace, run, refused):
+    """Of steps 18 and 20; asked for too late it is refused."""
     words = ["configs/tiny.py", "--schedule=constant", "--dropout=0.1"]
     result = run("train.py", *words, "--max_steps=20", "--average=2", "--out_dir=a", cwd=workspace)
     assert result.returncode == 0 and "steps 18, 20: val loss" in result.stdout, result.stderr
@@ -443,6 +442,8 @@ def test_the_mean_of_the_last_weights(workspace, run):
     for name, p in model.state_dict().items():
         torch.testing.assert_close(p, (early[name] + late[name]) / 2)
     assert f"val loss {meta['val_loss']:.4f}" in result.stdout
+    line = refused("train.py", *words, "--max_steps=18", "--average=3", "--out_dir=b", cwd=workspace)
+    assert "average was 0" in line
 
 
 def test_a_run_ends_with_a_row_for_the_table(workspace, run):
