@@ -367,6 +367,28 @@ def open_bin(path, vocab_size=None):
     return tokens, meta
 
 
+def open_data(data, side):
+    """The bins of one side ("train" or "val") of a data set: ({source: its bins}, meta).
+
+    data: a folder; several with commas between, which count as one source, "data/part1,data/part2";
+    or a dict with such names as keys. meta: tokenizer, vocab_size, and a fingerprint of all bins.
+    Raises DataError.
+    """
+    sources, metas, hashes = {}, {}, []
+    for name in data if isinstance(data, dict) else [data]:
+        sources[name] = []
+        for folder in name.split(","):
+            tokens, metas[folder] = open_bin(os.path.join(folder, f"{side}.bin"))
+            sources[name].append(tokens)
+            hashes.append(metas[folder]["splits"][side]["sha256"])
+    (first, meta), *others = metas.items()
+    for folder, other in others:
+        if other["tokenizer"] != meta["tokenizer"]:
+            raise DataError(f"{folder}: {other['tokenizer']} tokens, but {first} holds {meta['tokenizer']} tokens")
+    fingerprint = hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+    return sources, dict(tokenizer=meta["tokenizer"], vocab_size=meta["vocab_size"], fingerprint=fingerprint)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with a module's docstring as its help, whose errors are one line and status 1."""
 
