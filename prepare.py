@@ -15,6 +15,7 @@ import argparse
 import difflib
 import gzip
 import hashlib
+import io
 import json
 import os
 import re
@@ -22,6 +23,7 @@ import sys
 import sysconfig
 import tempfile
 import urllib.request
+import zipfile
 import zlib
 from contextlib import contextmanager
 from itertools import chain, islice
@@ -130,25 +132,34 @@ def download(source, file):
     if path.exists():
         return path
     address, blobs = FILES[source]
+    data = fetch(f"{address}/{file}", path)
+    if hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest() != blobs[file]:
+        raise DataError(f"{address}/{file} is not the file it was: its hash differs; if you trust it, "
+                        f"put it at {path} yourself")
+    write_whole(path, data)
+    return path
+
+
+def fetch(url, path):
+    """The bytes at url, with a progress bar; path is where a person could put them. Raises DataError."""
     try:
-        with urllib.request.urlopen(f"{address}/{file}", timeout=60) as response:
+        with urllib.request.urlopen(url, timeout=60) as response:
             size = int(response.headers.get("Content-Length", 0)) or None
-            with tqdm(total=size, unit="B", unit_scale=True, desc=file) as bar:
+            with tqdm(total=size, unit="B", unit_scale=True, desc=url.rpartition("/")[2]) as bar:
                 data = bytearray()
                 while chunk := response.read(1 << 16):
                     data += chunk
                     bar.update(len(chunk))
     except OSError as e:        # urllib's errors are OSErrors
-        raise DataError(f"cannot download {address}/{file} ({e}); without a network, put that file "
-                        f"at {path}") from None
-    if hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest() != blobs[file]:
-        raise DataError(f"{address}/{file} is not the file it was: its hash differs; if you trust it, "
-                        f"put it at {path} yourself")
+        raise DataError(f"cannot download {url} ({e}); without a network, put that file at {path}") from None
+    return data
+
+
+def write_whole(path, data):
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(path.name + ".tmp")
     tmp.write_bytes(data)
     os.replace(tmp, path)
-    return path
 
 
 def local_files(source):
@@ -219,6 +230,185 @@ def documents(sources):
         else:
             for path in local_files(source):
                 yield from read_file(path)
+
+
+# ---------------------------------------------------------------------------------------------
+# Test sets: what eval.py scores, and what a training corpus should not hold
+
+TEST_SETS = {       # name: its files in a folder of test sets, each with address (# a member of the zip) and sha256
+    "lambada": {"lambada/lambada_test.jsonl": (     # Paperno et al. 2016, as OpenAI gave it out
+        "https://openaipublic.blob.core.windows.net/gpt-2/data/lambada_test.jsonl",
+        "4aa8d02cd17c719165fc8a7887fddd641f43fcafa4b1c806ca8abc31fabdb226")},
+    "piqa": {                                       # Bisk et al. 2020
+        "piqa/valid.jsonl": ("https://yonatanbisk.com/piqa/data/valid.jsonl",
+                             "93503cc97c679e459b065c3d13e848282e44b2a25213985bed3e5d458abef72d"),
+        "piqa/valid-labels.lst": ("https://yonatanbisk.com/piqa/data/valid-labels.lst",
+                                  "b4192dc3a2a0363d9d60ccf79800cbbe2f32ebb17726efdde6970e0b8131bceb")},
+    "hellaswag": {"hellaswag/hellaswag_val.jsonl": (        # Zellers et al. 2019
+        "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl",
+        "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588")},
+    "wikitext2": {"wikitext-2/test.txt": (          # Merity et al. 2016, the raw release, without <unk>
+        "https://wikitext.smerity.com/wikitext-2-raw-v1.zip#wikitext-2-raw/wiki.test.raw",
+        "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08")},
+}
+ITEM_FIELDS = {
+    "lambada": dict(text=str),
+    "piqa": dict(goal=str, sol1=str, sol2=str),
+    "hellaswag": dict(activity_label=str, ctx_a=str, ctx_b=str, endings=list, label=int),
+}
+
+
+def test_files(name, folder=None):
+    """Paths of a test set's files: in folder, taken as they are, or, without one, under data/raw/eval,
+    downloaded and checked if they are not there yet. Raises DataError."""
+    paths = []
+    for file, (address, sha256) in TEST_SETS[name].items():
+        path = Path(folder or DOWNLOADS / "eval") / file
+        if folder and not path.is_file():
+            raise DataError(f"{path}: no such file for {name}; put {address} there")
+        if not path.exists():
+            url, _, member = address.partition("#")
+            data = fetch(url, f"{path} ({member})" if member else path)
+            try:
+                data = zipfile.ZipFile(io.BytesIO(data)).read(member) if member else data
+            except (zipfile.BadZipFile, KeyError, zlib.error) as e:
+                raise DataError(f"{url}: not the archive it was ({e})") from None
+            if hashlib.sha256(data).hexdigest() != sha256:
+                raise DataError(f"{address} is not the file it was: its sha256 differs; if you trust it, put "
+                                f"it at {path} yourself")
+            write_whole(path, data)
+        paths.append(path)
+    return paths
+
+
+def test_items(name, folder=None):
+    """The items of a test set as they were published: dicts with the fields of ITEM_FIELDS, PIQA's with
+    its "label" too, or for wikitext2 an article each as "page". Raises DataError."""
+    path, *labels = test_files(name, folder)
+    text = read_text(path)
+    if name == "wikitext2":         # a page runs from one first-level heading to the line before the next
+        pages = re.split(r"(?m)\n(?= *= (?!=).*(?<!=) = *$)", text)
+        yield from ({"page": page} for page in pages if page.strip())
+        return
+    labels = read_text(labels[0]).split() if labels else None
+    lines = [line for line in text.split("\n") if line.strip()]
+    if labels is not None and len(labels) != len(lines):
+        raise DataError(f"{path}: {len(lines)} items, but {len(labels)} labels beside it")
+    for number, line in enumerate(lines):
+        try:
+            item = json.loads(line)
+            if labels is not None:
+                item["label"] = int(labels[number])
+            wrong = [f"{field} ({type_.__name__})" for field, type_ in ITEM_FIELDS[name].items()
+                     if not isinstance(item.get(field), type_)]
+        except (ValueError, AttributeError, TypeError):
+            wrong = ["a JSON object"]
+        if wrong:
+            raise DataError(f"{path}, item {number + 1}: expected {', '.join(wrong)}")
+        yield item
+
+
+def detokenise(page):
+    """A page of WikiText as ordinary text: lm-evaluation-harness's rules, in its order, slips and all."""
+    page = page.replace("s '", "s'").replace("/' [0-9]/", "/'[0-9]/")
+    for mark in "-,.":
+        page = page.replace(f" @{mark}@ ", mark)
+    for mark in ":;.!?,":
+        page = page.replace(f" {mark} ", f"{mark} ")
+    for left, right in ("()", "[]", "{}", '""', "''"):
+        page = re.sub(rf"{re.escape(left)}\s*([^{re.escape(right)}]*?)\s*{re.escape(right)}",
+                      lambda inside: left + inside[1] + right, page)
+    for old, new in (("= = = =", "===="), ("= = =", "==="), ("= =", "=="), (" \u00b0 ", "\u00b0"), (" \n", "\n"),
+                     ("\n ", "\n"), (" N ", " 1 "), (" 's", "'s")):
+        page = page.replace(old, new)
+    return page
+
+
+# ---------------------------------------------------------------------------------------------
+# Test items in training data: shared 13-grams, as in GPT-3's paper (Brown et al. 2020,
+# arXiv:2005.14165, appendix C)
+#
+# A word is lower case, without punctuation, between white space. The paper chose N between 8 and 13
+# for each test set; here N is 13, an item of 8 to 12 words must occur whole, and a shorter one says
+# nothing (it would be found by accident).
+
+MIN_WORDS, MAX_WORDS = 8, 13
+
+
+def item_texts(name, item):
+    """The texts that give a test item away: its context with each of its endings."""
+    if name == "lambada":
+        return [item["text"]]
+    if name == "piqa":
+        return [f"{item['goal']} {solution}" for solution in (item["sol1"], item["sol2"])]
+    if name == "hellaswag":         # without its markers such as [step]
+        return [re.sub(r"\[.*?\]", "", f"{item['ctx_a']} {item['ctx_b']} {ending}") for ending in item["endings"]]
+    return [item["page"], detokenise(item["page"])]
+
+
+def normalise(text):
+    """The words of a text as the matcher compares them."""
+    return PUNCTUATION.sub("", text.lower()).split()
+
+
+PUNCTUATION = re.compile(r"[^\w\s]+|_+")
+
+
+class Grams:
+    """Finds in documents the N-grams of test items: grams is {"the words ...": (item, ...)}.
+
+    texts: pairs (item, text), an item any hashable name. Holds the items alone in memory (0.5 GB for the
+    four test sets), whatever the size of the corpus that passes by.
+    """
+
+    def __init__(self, texts):
+        self.grams = {}
+        self.lengths = set()
+        self.seen = np.zeros(2**24, dtype=bool)     # a cheap first look: whether a gram's first 8 words fall here
+        for item, text in texts:
+            words = normalise(text)
+            n = min(MAX_WORDS, len(words))
+            if n < MIN_WORDS:
+                continue
+            self.lengths.add(n)
+            starts = range(len(words) - n + 1)
+            self.seen[self.slots(words)[:len(starts)]] = True
+            alone = (item,)
+            for i in starts:
+                gram = " ".join(words[i:i + n])
+                items = self.grams.get(gram, ())
+                self.grams[gram] = items if item in items else items + alone if items else alone
+
+    @staticmethod
+    def slots(words):
+        """For each 8 words on end, where `seen` has their bit: (len(words) - 7,)."""
+        hashes = np.fromiter(map(hash, words), np.int64, len(words)).view(np.uint64)
+        n = max(0, len(words) - MIN_WORDS + 1)
+        rolled = np.zeros(n, np.uint64)
+        for i in range(MIN_WORDS):
+            rolled = rolled * np.uint64(0x9E3779B97F4A7C15) + hashes[i:i + n]       # modulo 2**64
+        return rolled >> np.uint64(40)
+
+    def find(self, text):
+        """Every occurrence in a document of one of the grams: a list of (start, end, gram), the offsets in
+        characters of text, in order of start."""
+        words = normalise(text)
+        found = []
+        for i in np.flatnonzero(self.seen[self.slots(words)]).tolist():
+            for n in self.lengths:
+                gram = " ".join(words[i:i + n])
+                if i + n <= len(words) and gram in self.grams:      # the words themselves, not their hashes
+                    found.append((i, i + n, gram))
+        if not found:
+            return []
+        spans = [m.span() for m in re.finditer(r"\S+", text) if normalise(m.group())]      # of each word
+        return [(spans[i][0], spans[j - 1][1], gram) for i, j, gram in found]
+
+
+def test_grams(names, folder=None):
+    """The Grams of whole test sets, each item named (test set, number from 0). Raises DataError."""
+    return Grams(((name, number), text) for name in names for number, item in enumerate(test_items(name, folder))
+                 for text in item_texts(name, item))
 
 
 # ---------------------------------------------------------------------------------------------
