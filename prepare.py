@@ -914,10 +914,10 @@ def tokenize(sources, work, options, done, workers):
             os.fsync(file.fileno())
         write_whole(work / "done.json", json.dumps(done))
 
-    since = 0
+    since, measured = 0, local == sources       # else the bar counts what comes out
     try:
-        with tqdm(total=total if local == sources else None, unit="B", unit_scale=True, desc=str(work.parent)) as bar:
-            for rows, tokens, counts, examples in in_order(batches(bar), workers, options):
+        with tqdm(total=total if measured else None, unit="B", unit_scale=True, desc=str(work.parent)) as bar:
+            for rows, tokens, counts, examples in in_order(batches(bar if measured else None), workers, options):
                 files["rows"].write(rows.tobytes())
                 files["tokens"].write(tokens.tobytes())
                 for source, count in counts.items():
@@ -927,6 +927,8 @@ def tokenize(sources, work, options, done, workers):
                 done["tokens"] += len(tokens)
                 done["examples"] = (done["examples"] + examples)[:10]
                 since += int(rows["bytes"].sum())
+                if not measured:
+                    bar.update(int(rows["bytes"].sum()))
                 if since >= COMMIT:
                     commit()
                     since = 0
@@ -1162,7 +1164,7 @@ def main(argv):
     parser.add_argument("--errors", choices=("strict", "replace"), default="strict", help="what to do about text that "
                         "is not UTF-8: stop (default), or replace and count")
     parser.add_argument("--skip_bad", action="store_true", help="leave out and count lines that are not JSON")
-    parser.add_argument("--shard_tokens", type=int, metavar="N", help="begin another bin after so many tokens")
+    parser.add_argument("--shard_tokens", type=lambda n: int(float(n)), metavar="N", help="begin another bin after so many tokens")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: a core each)")
     parser.add_argument("--resume", action="store_true", help="go on with the same command where it was stopped")
     args = vars(parser.parse_args(argv))
