@@ -38,6 +38,7 @@ from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from functools import lru_cache
 from itertools import chain, islice
 from pathlib import Path
@@ -108,7 +109,7 @@ def count_words(tokens, tokenizer):
 
 
 def python_files(root):
-    """The .py files under root that are UTF-8, a document each, tests left out."""
+    """The .py files under root, tests left out."""
     skip = {"test", "tests", "idle_test", "__pycache__"}
     for path in sorted(root.rglob("*.py")):
         if not skip & set(path.relative_to(root).parts):
@@ -209,15 +210,15 @@ def download_hub(source, pattern="*"):
         place = dict(repo_id=repository, repo_type="dataset", revision=revision)
         try:
             entries = [entry for entry in HfApi().list_repo_tree(**place, path_in_repo=os.path.dirname(files))
-                       if glob.fnmatch.fnmatch(entry.path, files)]
-            for entry in entries:
-                path = Path(hf_hub_download(**place, filename=entry.path, local_dir=folder))
-                if entry.lfs and sha256_of(path) != entry.lfs.sha256:
-                    path.unlink()
-                    raise DataError(f"{path}: not the file that {repository} lists; run the same command again")
-        except OSError as e:            # the library's errors are requests', which are OSErrors
+                       if fnmatch(entry.path, files)]
+            paths = [Path(hf_hub_download(**place, filename=entry.path, local_dir=folder)) for entry in entries]
+        except Exception as e:          # of whichever network library it has this year
             raise DataError(f"cannot download {source} ({str(e).splitlines()[0]}); without a network, put {files} of "
                             f"https://huggingface.co/datasets/{repository} into {folder}") from None
+        for path, entry in zip(tqdm(paths, desc="checking", unit="file"), entries):
+            if entry.lfs and sha256_of(path) != entry.lfs.sha256:
+                path.unlink()
+                raise DataError(f"{path}: not the file that {repository} lists; run the same command again")
         done.touch()
     found = sorted(path for path in folder.rglob(pattern) if FORMATS.search(path.name))
     if not found:
@@ -387,7 +388,7 @@ def records(source, field="text", bar=None):
     else:
         for path in download_hub(corpus) if corpus in HUB else local_files(source):
             with open_file(path, bar) as f:
-                yield from read_stream(f, path, ".jsonl" in path.suffixes, field)
+                yield from read_stream(f, path, FORMATS.search(path.name)[1] == "jsonl", field)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -586,7 +587,7 @@ def test_grams(names, folder=None):
 # this, a batch of records at a time, and the result depends on the batch alone.
 
 BINS, BANDS = 128, 16       # of a document's signature; bands of BINS / BANDS of them
-ROW = np.dtype([("source", "u2"), ("position", "f8"), ("first", "?"), ("bytes", "i8"), ("tokens", "i8"),
+ROW = np.dtype([("source", "u4"), ("position", "f8"), ("first", "?"), ("bytes", "i8"), ("tokens", "i8"),
                 ("exact", "u8", 2), ("bands", "u8", BANDS)])
 MIX = np.uint64(0x9E3779B97F4A7C15)
 OWN = {"train": 2.0, "val": -1.0}       # positions of documents whose source has its own split
@@ -694,10 +695,16 @@ def text_of(data, where, options, component="", counts=None):
     return text
 
 
+def component_of(source):
+    """ArXiv of pile:ArXiv."""
+    corpus, _, component = source.partition(":")
+    return component if corpus == "pile" else ""
+
+
 def texts(source, field="text"):
     """The texts of any source, for other uses than bins. Raises DataError."""
     for _, data, _, where in records(source, field):
-        text = text_of(data, where, dict(field=field, errors="strict", skip_bad=False), source.partition(":")[2])
+        text = text_of(data, where, dict(field=field, errors="strict", skip_bad=False), component_of(source))
         if text:
             yield text
 
@@ -709,8 +716,7 @@ def digest(batch):
     rows, tokens, counts, examples = [], [np.empty(0, "<u2")], {}, []
     for source, (side, data, first, where) in batch:
         count = counts.setdefault(str(source), Counter())
-        component = options["sources"][source].partition(":")[2]
-        text = text_of(data, where, options, component, count)
+        text = text_of(data, where, options, component_of(options["sources"][source]), count)
         if not text:
             continue
         passages, items = without_test_items(text, grams) if grams else ([text], ())
@@ -720,9 +726,10 @@ def digest(batch):
             examples.append([f"{where[0]} {where[1] or ''}".strip(), sorted(map(list, items))[:3]])
         for passage in passages:
             for data in pieces(io.BytesIO(passage.encode())):
-                words = [] if options["keep_duplicates"] else normalise(data.decode())
+                piece = data.decode()
+                words = [] if options["keep_duplicates"] else normalise(piece)
                 exact = hashlib.blake2b(" ".join(words).encode() or data, digest_size=16).digest()
-                ids = tokenizer.encode_to_numpy(data.decode(), allowed_special=set(), disallowed_special=())
+                ids = tokenizer.encode_to_numpy(piece, allowed_special=set(), disallowed_special=())
                 rows.append((source, OWN[side] if side else position(text), first, len(data), len(ids),
                              np.frombuffer(exact, "<u8"), signature(words)))
                 tokens.append(ids.astype("<u2"))        # a literal <|endoftext|> stays plain text
@@ -748,7 +755,8 @@ def in_order(batches, workers, options):
             while pending:
                 yield pending.popleft().result()
         except BrokenProcessPool:
-            raise DataError("a worker was killed, for want of memory?; go on with --resume and fewer --workers") from None
+            raise DataError("a worker was killed, for want of memory?; go on with --resume and fewer --workers") \
+                from None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -868,8 +876,8 @@ def prepare(sources, out, tokenizer="gpt2", val_fraction=0.05, *, field="text", 
         done = json.loads((work / "done.json").read_text())
         for key in options.keys() - {"errors", "skip_bad", "val_fraction", "shard_tokens"}:
             if done["options"][key] != options[key]:
-                raise DataError(f"{work}: {key} was {done['options'][key]}, now it is {options[key]}; leave --resume out "
-                                "to start over")
+                raise DataError(f"{work}: {key} was {done['options'][key]}, now it is {options[key]}; leave "
+                                "--resume out to start over")
     elif work.exists():
         shutil.rmtree(work)
     try:
@@ -1136,7 +1144,7 @@ def print_report(meta, out):
     for name, n in meta["splits"].items():
         print(f"{name:6}{n['documents']:12,}{n['bytes']:16,}{n['tokens']:16,}{n['bytes'] / n['tokens']:13.2f}")
     tokens = sum(source["tokens"] for source in meta["sources"])
-    for source in meta["sources"]:
+    for source in meta["sources"][:20]:         # the others are in meta.json
         details = [f"{source['tokens'] / tokens:.1%} of the tokens"] if len(meta["sources"]) > 1 else []
         if source["duplicates"]:
             details.append(f"{source['duplicates']:,} duplicates left out ({source['duplicate_bytes']:,} bytes)")
@@ -1151,7 +1159,7 @@ def print_report(meta, out):
 
 def main(argv):
     parser = Parser(__doc__)
-    parser.add_argument("sources", nargs="*", metavar="SOURCE", help="a corpus of --list, a file, a folder, a pattern, -")
+    parser.add_argument("sources", nargs="*", metavar="SOURCE", help="a corpus, a file, a folder, a pattern, or -")
     parser.add_argument("--out", metavar="DIR", help="where the bins go, e.g. data/mine")
     parser.add_argument("--list", action="store_true", help="print the corpora that have a name")
     parser.add_argument("--tokenizer", default="gpt2", help="gpt2 (default) or bytes")
@@ -1165,8 +1173,9 @@ def main(argv):
     parser.add_argument("--errors", choices=("strict", "replace"), default="strict", help="what to do about text that "
                         "is not UTF-8: stop (default), or replace and count")
     parser.add_argument("--skip_bad", action="store_true", help="leave out and count lines that are not JSON")
-    parser.add_argument("--shard_tokens", type=lambda n: int(float(n)), metavar="N", help="begin another bin after so many tokens")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: a core each)")
+    parser.add_argument("--shard_tokens", type=lambda n: int(float(n)), metavar="N",
+                        help="begin another bin after so many tokens")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one for each core)")
     parser.add_argument("--resume", action="store_true", help="go on with the same command where it was stopped")
     args = vars(parser.parse_args(argv))
     if args.pop("list"):
@@ -1174,6 +1183,7 @@ def main(argv):
             print(f"{name:16} {source.__doc__.splitlines()[0]}")
         for name, (repository, _, files) in HUB.items():
             print(f"{name:16} https://huggingface.co/datasets/{repository}, {files}")
+        print("pile:ArXiv       one component of it, by its pile_set_name")
         return
     if not args["sources"] or not args["out"]:
         parser.error("expected a SOURCE and --out DIR; --list names corpora")

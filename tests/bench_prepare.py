@@ -5,7 +5,7 @@
 Without --text: the installed Python packages. Each row is a fresh process, in turns; the least time of the rounds
 counts. nanoGPT's way: datasets.map with encode_ordinary in as many processes, then a memmap filled from 1024 shards
 (its loading of the text into Arrow is not counted; ours reads and parses the .jsonl).
-Needs pip install datasets.
+Needs pip install datasets; EVAL_DATA names a folder of the test sets.
 """
 import argparse
 import json
@@ -73,7 +73,8 @@ ROWS = {
     "nanoGPT's way": nanogpt,
     "ours, --keep_duplicates": lambda *a: ours(*a, keep_duplicates=True),
     "ours": ours,
-    "ours, --decontaminate=lambada": lambda *a: ours(*a, decontaminate=["lambada"], eval_data=os.environ.get("EVAL_DATA")),
+    "ours, --decontaminate=lambada": lambda *a: ours(*a, decontaminate=["lambada"],
+                                                     eval_data=os.environ.get("EVAL_DATA")),
 }
 
 
@@ -102,8 +103,8 @@ def main():
                 n, seconds = result.stdout.split()[-2:]
                 best[row] = min(best.get(row, (int(n), float("inf"))), (int(n), float(seconds)), key=lambda x: x[1])
     print(f"{size / 1e6:,.0f} MB of text, {args.workers} workers, Python {platform.python_version()}, tiktoken "
-          f"{tiktoken.__version__}\n\n| | tokens | seconds | million tokens/s | of tiktoken x workers | of nanoGPT's way |"
-          "\n|---|---|---|---|---|---|")
+          f"{tiktoken.__version__}\n\n| | tokens | seconds | million tokens/s | of tiktoken x workers | of nanoGPT's way "
+          "|\n|---|---|---|---|---|---|")
     speed = {row: n / seconds for row, (n, seconds) in best.items()}
     unit = speed["tiktoken alone, one process"] * args.workers
     for row, (n, seconds) in best.items():

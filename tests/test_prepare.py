@@ -212,14 +212,15 @@ def test_files_cut_short_are_refused(kind, tmp_path):
 @pytest.mark.parametrize("data, expected", [(b"one text\nof two lines\n" * 3, ["one text\nof two lines\n" * 3]),
                                             (b'{"text": "a"}\n{"text": "b"}\n', ["a", "b"])])
 def test_standard_input_is_a_text_or_lines_of_json(data, expected, tmp_path):
-    subprocess.run([sys.executable, ROOT / "prepare.py", "-", "--out", "out", "--tokenizer=bytes", "--val_fraction=0.4"],
-                   input=data, cwd=tmp_path, check=True, capture_output=True)
+    words = ["-", "--out", "out", "--tokenizer=bytes", "--val_fraction=0.4"]
+    subprocess.run([sys.executable, ROOT / "prepare.py", *words], input=data, cwd=tmp_path, check=True, capture_output=True)
     found = [documents_of(tmp_path / "out" / f"{side}.bin") for side in ("train", "val")]
     assert "".join(sorted(found[0]) + sorted(found[1])) == "".join(expected) or sorted(found[0] + found[1]) == expected
 
 
 def test_bad_lines_are_skipped_and_counted_when_asked(tmp_path, run, refused):
-    (tmp_path / "a.jsonl").write_bytes(b'{"text": "first \xff"}\n{"text": 3}\n[]\n{"text": "\\ud800"}\n{"text": "last"}\n{"text": "cut')
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "first \xff"}\n{"text": 3}\n[]\n{"text": "\\ud800"}\n'
+                                       b'{"text": "last"}\n{"text": "cut')
     words = ["prepare.py", "a.jsonl", "--out", "out", "--tokenizer=bytes"]
     assert "not UTF-8 at byte 16" in refused(*words, cwd=tmp_path)
     assert "a.jsonl, line 2" in refused(*words, "--errors=replace", cwd=tmp_path)
@@ -231,7 +232,8 @@ def test_bad_lines_are_skipped_and_counted_when_asked(tmp_path, run, refused):
 
 def test_list_names_every_corpus(tmp_path, run):
     result = run("prepare.py", "--list", cwd=tmp_path)
-    for name in ("python", "shakespeare", "wikitext-2", "wikitext-103", "openwebtext", "fineweb-edu-10B", "pg19", "pile"):
+    for name in ("python", "shakespeare", "wikitext-2", "wikitext-103", "openwebtext", "fineweb-edu-10B", "pg19",
+                 "pile"):
         assert f"\n{name} " in f"\n{result.stdout}"
 
 
@@ -241,7 +243,8 @@ from types import SimpleNamespace as Entry
 class HfApi:
     def list_repo_tree(self, repo_id, repo_type, revision, path_in_repo):
         assert (repo_id, repo_type, path_in_repo) == ("monology/pile-uncopyrighted", "dataset", "train")
-        return [Entry(path="train/00.jsonl.zst", lfs=Entry(sha256=os.environ["SHA256"])), Entry(path="train/x.md", lfs=None)]
+        return [Entry(path="train/00.jsonl.zst", lfs=Entry(sha256=os.environ["SHA256"])),
+                Entry(path="train/x.md", lfs=None)]
 def hf_hub_download(repo_id, repo_type, revision, filename, local_dir):
     if os.environ["SHA256"] == "none": raise OSError("unreachable")
     os.makedirs(local_dir / ".cache", exist_ok=True)
@@ -346,8 +349,8 @@ def test_resume_skips_what_is_done_and_refuses_other_options(corpus, refused, ru
 
 def test_a_long_document_in_pieces_has_the_tokens_of_the_whole(tmp_path, monkeypatch):
     encoding = gpt2()
-    texts = ["".join(f"{sentences(i, 9)},  and\n\n    {i}'s  {'=' * i}\t \u3000{'é' * (i % 5)} " for i in range(60)) + str(k)
-             for k in range(4)]
+    texts = ["".join(f"{sentences(i, 9)},  and\n\n    {i}'s  {'=' * i}\t \u3000{'é' * (i % 5)} " for i in range(60))
+             + str(k) for k in range(4)]
     for i, text in enumerate(texts):
         (tmp_path / f"{i}.txt").write_text(text, newline="")
     (tmp_path / "all.jsonl").write_text("".join(json.dumps({"text": text[::-1]}) + "\n" for text in texts))
@@ -361,7 +364,8 @@ def test_a_long_document_in_pieces_has_the_tokens_of_the_whole(tmp_path, monkeyp
 
     (tmp_path / "dense.txt").write_text("日本語" * 500)       # nowhere to cut but between characters
     p.prepare([str(tmp_path / "dense.txt")], str(tmp_path / "out"), "bytes", 0.1, keep_duplicates=True)
-    assert "".join(documents_of(tmp_path / "out/train.bin") + documents_of(tmp_path / "out/val.bin")) == "日本語" * 500
+    found = documents_of(tmp_path / "out/train.bin") + documents_of(tmp_path / "out/val.bin")
+    assert "".join(found) == "日本語" * 500
 
 
 def test_shards_are_read_as_one(corpus):
@@ -425,7 +429,8 @@ def test_a_corpus_with_its_own_split_keeps_its_documents(tmp_path, monkeypatch):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
     p.prepare([str(tmp_path / "a.jsonl"), "shakespeare"], str(tmp_path / "out"), "bytes", 0.1)
     train, val = documents_of(tmp_path / "out/train.bin"), documents_of(tmp_path / "out/val.bin")
-    assert lines[0] in val and lines[0] not in train and sorted(train + val) == sorted([text[:int(len(text) * 0.9)], *lines])
+    assert lines[0] in val and lines[0] not in train
+    assert sorted(train + val) == sorted([text[:int(len(text) * 0.9)], *lines])
 
 
 @pytest.fixture
@@ -470,7 +475,8 @@ def test_wrong_test_sets_are_refused(tmp_path, refused):
     (tmp_path / "a.txt").write_text(sentences(1, 100))
     words = ["prepare.py", "a.txt", "--out", "out", "--tokenizer=bytes"]
     assert "lambda" in refused(*words, "--decontaminate=lambda", cwd=tmp_path)
-    assert "lambada_test.jsonl: no such file" in refused(*words, "--decontaminate=lambada", "--eval_data=.", cwd=tmp_path)
+    assert "lambada_test.jsonl: no such file" in refused(*words, "--decontaminate=lambada", "--eval_data=.",
+                                                         cwd=tmp_path)
     assert sorted(f.name for f in tmp_path.iterdir()) in (["a.txt"], ["a.txt", "out"])
 
 
