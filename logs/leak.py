@@ -26,8 +26,8 @@ out_dir = "out/leak"
 block_size = 256
 batch_size = 8
 max_steps = 400
-eval_interval = 100
-eval_tokens = 2**16
+eval_interval = 200
+eval_tokens = 2**13
 save_interval = 100
 log_interval = 20
 n_layer = 4
@@ -39,6 +39,7 @@ learning_rate = 2e-3
 min_lr = 2e-4
 warmup_steps = 50
 beta2 = 0.99
+average = 1             # the last weights: the best by validation loss have not seen the items often
 """
 
 
@@ -79,7 +80,7 @@ def main():
         if not scores.exists():
             (out / f"{name}.py").write_text(CONFIG.format(data=data))
             run("train.py", out / f"{name}.py")
-            run("eval.py", "--ckpt", out / f"{name}.pt", "--tasks", "lambada", "--limit", SCORED, "--audit", data,
+            run("eval.py", "--ckpt", out / f"{name}.avg.pt", "--tasks", "lambada", "--limit", SCORED, "--audit", data,
                 *eval_data, "--out", scores)
         rows.append((arm, json.loads((data / "meta.json").read_text()), json.loads(scores.read_text())))
     return rows
