@@ -249,11 +249,20 @@ def learning_rate(step, config, max_steps):
     return config.min_lr + share * (config.learning_rate - config.min_lr)
 
 
-def make_optimizer(model, config):
-    """AdamW (Loshchilov & Hutter 2019) or Adafactor (Shazeer & Stern 2018); decay on matrices only."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [dict(params=matrices, weight_decay=config.weight_decay), dict(params=vectors, weight_decay=0.0)]
+def make_optimizer(model, config, settings=None):
+    """AdamW (Loshchilov & Hutter 2019) or Adafactor (Shazeer & Stern 2018); decay on matrices only.
+
+    settings: {name: dict(lr_scale, eps)} where the model was grown with its optimizer; the decay of a
+    step, rate times weight_decay, stays that of the source.
+    """
+    groups = {}
+    for name, p in model.named_parameters():
+        own = settings[name] if settings else dict(lr_scale=1.0)
+        decay = config.weight_decay / own["lr_scale"] if p.dim() >= 2 else 0.0
+        group = groups.setdefault((p.dim() >= 2, *own.values()), dict(params=[], names=[], weight_decay=decay, **own))
+        group["params"].append(p)
+        group["names"].append(name)
+    groups = list(groups.values())
     if config.optimizer == "adafactor":
         return torch.optim.Adafactor(groups, lr=config.learning_rate)
     adamw = dict(lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
@@ -261,6 +270,17 @@ def make_optimizer(model, config):
         from torch.distributed.optim import ZeroRedundancyOptimizer     # here, for it takes long to import
         return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **adamw)
     return torch.optim.AdamW(groups, **adamw)
+
+
+def load_moments(optimizer, moments):
+    """Start optimizer, new, from moments {name: dict(step, exp_avg, exp_avg_sq)}, which grow.py wrote."""
+    index, groups, state = 0, [], {}
+    for group in optimizer.param_groups:
+        groups.append({**group, "params": list(range(index, index + len(group["params"])))})
+        for name, p in zip(group["names"], group["params"]):    # a shorter context takes the first positions
+            state[index] = {key: x[:len(p)] if x.dim() else x for key, x in moments[name].items()}
+            index += 1
+    optimizer.load_state_dict(dict(state=state, param_groups=groups))
 
 
 def train_step(model, optimizer, rows, micro_batch_size, autocast, grad_clip, scaler, stop=()):
@@ -529,7 +549,7 @@ def make_model(config, given, meta):
                           f"uses {meta['vocab_size']} tokens")
     model.crop_block_size(config.block_size)
     model.config.dropout = config.dropout
-    parent = {key: source[key] for key in ("step", "tokens", "val_loss") if key in source}
+    parent = {key: source[key] for key in ("step", "tokens", "flops", "val_loss") if key in source}
     return model, source.get("lineage", []) + [{"from": config.init_from, **parent}]
 
 
@@ -599,7 +619,16 @@ def main(argv):
         model, lineage = make_model(config, given, meta)
     model.to(device).train()
     model.checkpointing = config.checkpoint
-    optimizer = make_optimizer(model, config)
+    settings, grown = None, config.init_from.removesuffix(".pt") + ".optimizer.pt"
+    if state:
+        settings = {name: {key: group[key] for key in ("lr_scale", "eps")}
+                    for group in state["optimizer"]["param_groups"] for name in group["names"]}
+    elif os.path.exists(grown) and config.optimizer == "adamw":
+        grown = load_pickle(grown, mmap=True)
+        settings = grown["settings"]
+    optimizer = make_optimizer(model, config, settings)
+    if settings and not state:
+        load_moments(optimizer, grown["state"])
     dtype, why = config.dtype, "as configured"
     if dtype == "auto":
         choice = [(state["dtype"], "as before") if state else faster_dtype(device)]
@@ -635,6 +664,9 @@ def main(argv):
         f"{tokens_per_step:,} tokens, {max_steps * config.batch_size / loader.n_blocks:.2f} epochs")
     if state:
         say(f"going on from {path}.state.pt at step {step}; --resume=false starts over")
+    for parent in lineage:
+        say(f"comes from {parent['from']}{': ' * ('how' in parent)}{parent.get('how', '')}, "
+            f"{parent.get('tokens', 0) / 1e6:,.1f}M tokens, {parent.get('flops', 0):.2e} FLOPs")
     log = None
     if master:
         versions = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
@@ -677,7 +709,7 @@ def main(argv):
                     log.write(step=step, tokens=step * tokens_per_step, val_loss=val_loss, bits_per_byte=bits_per_byte)
                     if val_loss < best:
                         save(f"{path}.pt", model, step=step, tokens=step * tokens_per_step, val_loss=val_loss,
-                             tokenizer=meta["tokenizer"], data=config.data, fingerprint=fingerprint,
+                             flops=step * flops_per_step, tokenizer=meta["tokenizer"], data=config.data, fingerprint=fingerprint,
                              lineage=lineage)
                     log.plot(f"{path}.png")
             if val_loss < best:
@@ -690,7 +722,7 @@ def main(argv):
 
         lr = learning_rate(step, config, max_steps)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
         # dropout, the only draw in a step, depends on (seed, step, rank) alone
         torch.manual_seed(int(np.random.SeedSequence([config.seed, step, rank]).generate_state(1)[0]))
         rows = loader.batch(step, rank, world)
@@ -760,7 +792,7 @@ def main(argv):
         if master:
             with full_disk_survived(f"{path}.avg.pt"):
                 save(f"{path}.avg.pt", model, step=step, tokens=step * tokens_per_step, val_loss=mean_loss,
-                     tokenizer=meta["tokenizer"], data=config.data, fingerprint=fingerprint, lineage=lineage)
+                     flops=step * flops_per_step, tokenizer=meta["tokenizer"], data=config.data, fingerprint=fingerprint, lineage=lineage)
     if distributed:
         dist.barrier()      # a rank that leaves early takes its connections away from the others
         dist.destroy_process_group()
