@@ -48,6 +48,7 @@ from prepare import DataError, Parser, open_bin
 
 NOISE = 0.5         # of E_c, relative to the tensor's own entries
 EXACT = 1e-10       # |difference of logits| in float64 above which a growth that should be exact is not
+SIZES = ("n_layer", "n_embd", "n_head", "block_size")
 DEPTH = ("adjacent", "identity", "stack", "middle")
 
 
@@ -147,34 +148,34 @@ def rules(old, new):
 
 
 def widen(p, rule, noise, generator):
-    """A weight in its new shape, float64. p: float64, 1 or 2 dimensions; rule: an Axis for each."""
+    """A weight in its new shape. p: float64, 1 or 2 dimensions; rule: an Axis for each."""
     for dim, axis in enumerate(rule):
+        if len(axis.source) == p.size(dim):
+            continue                    # as it was
         p = p.movedim(dim, -1)
-        q = p[..., axis.source] * axis.factor
         new = axis.source < 0
-        rms = q[..., ~new].square().mean().sqrt()
+        old = axis.source.where(~new, 0)
+        q = p[..., old] * axis.factor
+        noises = torch.randn(q.shape, generator=generator, dtype=q.dtype) * q[..., ~new].square().mean().sqrt()
         if axis.new == "mean":
             q[..., new] = p.mean(-1, keepdim=True) * axis.factor[new]
         else:
-            q[..., new] = rms * (axis.new == "random") * random(q[..., new], generator)
-        if axis.reads and axis.factor.min() < 1 and noise:
-            E = noise * rms * random(q, generator).masked_fill(new, 0)
-            old = axis.source.where(~new, 0)
-            mean = torch.zeros_like(p).index_add_(-1, old, E * axis.factor)     # 1 / copies: a mean over them
+            q[..., new] = noises[..., new] * (axis.new == "random")
+        if axis.reads:                  # E_c less its mean over the copies; one copy alone gets 0
+            E = noise * noises
+            mean = torch.zeros_like(p).index_add_(-1, old, E * axis.factor.masked_fill(new, 0))
             q += (E - mean[..., old]).masked_fill(new, 0)
         p = q.movedim(-1, dim)
     return p.contiguous()
 
 
-def random(like, generator):
-    return torch.randn(like.shape, generator=generator, dtype=torch.float64)
-
-
 def widen_moment(p, rule, power):
-    """AdamW's m (power 1) or v (power 2) of a weight that widen grew, float64."""
+    """AdamW's m (power 1) or v (power 2) of a weight that widen grew."""
     for dim, axis in enumerate(rule):
-        q = p.movedim(dim, -1)[..., axis.source] * axis.share() ** power
+        if len(axis.source) == p.size(dim):
+            continue
         new = axis.source < 0
+        q = p.movedim(dim, -1)[..., axis.source] * axis.share() ** power
         q[..., new] = q[..., ~new].mean(-1, keepdim=True) * (power == 2)
         p = q.movedim(-1, dim)
     return p.contiguous()
@@ -185,42 +186,46 @@ def widen_moment(p, rule, power):
 
 
 def tensors(old, new, depth):
-    """(name, the old name, its rule, added) of each tensor of the new model in order. Raises GrowError.
+    """(name, old name, rule, added) of each tensor of the new model, in state_dict's order. Raises GrowError.
 
-    added: the layer is one that --depth=identity puts in, so it must not write yet.
+    added: in a layer that --depth=identity puts in, which must not write yet.
     """
-    rule = rules(old, new)
-    layers = sources(depth, old.n_layer, new.n_layer)
+    rule, layers = rules(old, new), sources(depth, old.n_layer, new.n_layer)
     with torch.device("meta"):
         names = list(GPT(new).state_dict())
     for name in names:
         if name.startswith("h."):
             _, j, kind = name.split(".", 2)
-            j = int(j)
-            yield (name, f"h.{layers[j]}.{kind}", rule[kind],
-                   depth == "identity" and j > 0 and layers[j] == layers[j - 1])
+            i, before = layers[int(j)], layers[:int(j)]
+            yield name, f"h.{i}.{kind}", rule[kind], depth == "identity" and i in before
         else:
             yield name, name, rule[name], False
 
 
 def grow_weights(model, new, depth, noise=NOISE, seed=1337):
     """(name, weight in float64) of each tensor of the grown model, in state_dict's order. Raises GrowError."""
-    old, generator = model.state_dict(), torch.Generator().manual_seed(seed)
+    weights, generator = model.state_dict(), torch.Generator().manual_seed(seed)
     for name, source, rule, added in tensors(model.config, new, depth):
-        weight = widen(old[source].double(), rule, noise, generator)
-        yield name, torch.zeros_like(weight) if added and "c_proj" in name else weight
+        weight = widen(weights[source].to(torch.float64, copy=True), rule, noise, generator)
+        if added and "c_proj" in name:
+            weight.zero_()
+        elif added and weight.shape != weights[source].shape:   # what nothing reads yet may differ freely, so that it parts
+            rms = weight.square().mean().sqrt()
+            weight += noise * rms * torch.randn(weight.shape, generator=generator, dtype=weight.dtype)
+        yield name, weight
 
 
 def grow_optimizer(state, old, new, depth):
-    """What train.py starts AdamW from: the state {name: step, exp_avg, exp_avg_sq} of each parameter,
-    and its settings {name: lr_scale, eps}. state: that of the source's optimizer. Raises GrowError.
+    """What train.py goes on from: dict(state={name: step, exp_avg, exp_avg_sq}, settings={name: lr_scale, eps}).
+
+    state: that of the source's AdamW; old, new: GPTConfig. Raises GrowError.
     """
     had = {name: (group, state["state"][i]) for group in state["param_groups"]
            for name, i in zip(group["names"], group["params"])}
     moments, settings = {}, {}
     for name, source, rule, added in tensors(old, new, depth):
         group, own = had[source]
-        m, v = (widen_moment(own[key].double(), rule, power).to(own[key].dtype)
+        m, v = (widen_moment(own[key].to(torch.float64, copy=True), rule, power).to(own[key].dtype)
                 for key, power in (("exp_avg", 1), ("exp_avg_sq", 2)))
         moments[name] = dict(step=own["step"].clone(), exp_avg=torch.zeros_like(m) if added else m, exp_avg_sq=v)
         factor = math.prod(axis.factor[axis.source >= 0].mean().item() for axis in rule)
@@ -239,7 +244,7 @@ def logits64(model, idx, weights=None):
     """Logits (B, T, V) in float64 of an fp32 model, with one layer at a time in that form.
 
     weights: what grow_weights yields; then the model is filled from it on the way, rounded to fp32
-    behind each layer. So neither model is ever held in float64.
+    behind each layer. So neither model is ever held whole in float64.
     """
     def enter(part, _=None):
         if weights is None:
@@ -250,12 +255,11 @@ def logits64(model, idx, weights=None):
     def leave(part, *_):
         part.float()
 
-    hooks = [hook for part in model.h for hook in
-             (part.register_forward_pre_hook(enter), part.register_forward_hook(leave))]
+    hooks = [hook for layer in model.h for hook in
+             (layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave))]
     hooks.append(model.ln_f.register_forward_pre_hook(enter))
-    for part in (model.wte, model.wpe):
-        if part is not None:
-            enter(part)
+    for part in filter(None, (model.wte, model.wpe)):
+        enter(part)
     logits = model(idx)
     for hook in hooks:
         hook.remove()
@@ -263,9 +267,49 @@ def logits64(model, idx, weights=None):
     return logits
 
 
+@torch.no_grad()
 def logits_bf16(model, idx):
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):       # no copy of all weights
         return model(idx).double()
+
+
+def closest_copies(model, rule, layers, idx, steps=3):
+    """{what: how far apart the gradients of the two closest copies are, relative to their size} after some steps.
+
+    0 is identical, and so is 1e-6 in fp32. Each step is AdamW's first, the gradient's sign, taken as the
+    gradients arrive: no optimizer state, no second model. Changes the model.
+    """
+    watched = {model.wte.weight: ("channels", 1, rule["wte.weight"][1].source)}
+    heads = rule["attn.c_attn.weight"][0].source
+    heads = heads.where(heads >= 0, -1 - torch.arange(len(heads)))      # new heads copy nothing
+    for block in model.h:
+        watched[block.attn.c_attn.weight] = ("heads", 0, heads)
+        watched[block.mlp.c_fc.weight] = ("hidden units", 0, rule["mlp.c_fc.weight"][0].source)
+    prints = {}     # of the gradients: 8 random projections tell two apart as well as all their entries do
+
+    def step(p):
+        if p in watched:
+            g = p.grad.movedim(watched[p][1], 0)                                                # (n, M)
+            prints[p] = g @ torch.randn(g.size(1), 8, generator=torch.Generator().manual_seed(0))     # (n, 8)
+        p.data.sub_(p.grad.sign(), alpha=1e-3)
+        p.grad = None
+
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(step)
+    for _ in range(steps):
+        model(idx[:, :-1], idx[:, 1:]).backward()
+
+    closest = {}
+    for p, (what, _, source) in watched.items():
+        x = prints[p]
+        apart = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist") / x.norm(dim=1).clamp(min=1e-30)
+        copies = (source[:, None] == source).triu(1)                                            # (n, n)
+        closest[what] = min([closest.get(what, math.inf), *apart[copies].tolist()])
+    for i, j in combinations(range(len(layers)), 2):
+        if layers[i] == layers[j]:
+            x, y = (prints[model.h[n].mlp.c_fc.weight] for n in (i, j))
+            closest["layers"] = min(closest.get("layers", math.inf), ((x - y).norm() / x.norm()).item())
+    return {what: distance for what, distance in closest.items() if distance < math.inf}
 
 
 def val_loss(model, tokens, T, max_tokens):
@@ -275,59 +319,12 @@ def val_loss(model, tokens, T, max_tokens):
     return model.total_loss(tokens, starts, T, batch_size=4) / (n * T)
 
 
-def closest_copies(model, rule, layers, idx, steps=3):
-    """How far apart copies are after a few steps of Adafactor on idx (B, T): {kind: the closest pair's distance}.
-
-    The distance of channels and units is that of what they compute, of layers that of their weights,
-    each relative to its size; 0 is identical, as is 1e-6 in fp32. Changes the model. Adafactor
-    steps as the gradients arrive, a tensor at a time, so none of AdamW's memory is needed.
-    """
-    for p in model.parameters():
-        optimizer = torch.optim.Adafactor([p], lr=1e-2)
-
-        def step(p, optimizer=optimizer):
-            optimizer.step()
-            p.grad = None
-        p.register_post_accumulate_grad_hook(step)
-    for _ in range(steps):
-        model(idx[:, :-1], idx[:, 1:]).backward()
-
-    closest = {}
-
-    def watch(part, kind, source):
-        groups = {}
-        for i, g in enumerate(source.tolist()):
-            groups.setdefault(g, []).append(i)
-        pairs = [pair for g, group in groups.items() if g >= 0 for pair in combinations(group, 2)]
-        if pairs:
-            a, b = torch.tensor(pairs).t()
-
-            def compare(part, _, x):
-                x = x.flatten(0, 1)                             # (N, F)
-                distance = (x[:, a] - x[:, b]).norm(dim=0) / x[:, a].norm(dim=0).clamp(min=1e-30)
-                closest[kind] = min(closest.get(kind, math.inf), distance.min().item())
-            part.register_forward_hook(compare)
-
-    stream = rule["wte.weight"][1].source
-    watch(model.wte, "channels", stream.where(stream >= 0, len(stream)))        # the means are copies, too
-    for block in model.h:
-        watch(block.attn.c_attn, "heads' channels", rule["attn.c_attn.weight"][0].source)
-        watch(block.mlp.c_fc, "hidden units", rule["mlp.c_fc.weight"][0].source)
-    with torch.no_grad():
-        model(idx)
-        for i, j in combinations(range(len(layers)), 2):
-            if layers[i] == layers[j]:
-                a, b = model.h[i].mlp.c_fc.weight, model.h[j].mlp.c_fc.weight
-                closest["layers"] = min(closest.get("layers", math.inf), ((a - b).norm() / a.norm()).item())
-    return closest
-
-
 # ---------------------------------------------------------------------------------------------
 
 
 def target_config(old, args):
     """The grown model's GPTConfig. Raises GrowError, ModelError."""
-    size = {key: getattr(args, key) or getattr(old, key) for key in ("n_layer", "n_embd", "n_head", "block_size")}
+    size = {key: getattr(args, key) or getattr(old, key) for key in SIZES}
     if not args.n_head and size["n_embd"] % (old.n_embd // old.n_head) == 0:
         size["n_head"] = size["n_embd"] // (old.n_embd // old.n_head)       # more heads of the old size
     for key, value in size.items():
@@ -335,8 +332,34 @@ def target_config(old, args):
             raise GrowError(f"--{key}={value}: smaller than the source's {getattr(old, key)}")
     new = replace(old, **size)
     if new == old:
-        raise GrowError("nothing to grow; set --n_layer, --n_embd, --n_head or --block_size")
+        raise GrowError(f"nothing to grow; set one of --{', --'.join(SIZES)}")
     return new
+
+
+def source_optimizer(args, source):
+    """(the state of the source's AdamW or None, a word about it). Raises GrowError, ModelError."""
+    path = args.source.removesuffix(".pt") + ".state.pt"
+    if args.fresh_optimizer or not os.path.exists(path):
+        return None, "fresh" if args.fresh_optimizer else f"fresh (no {path})"
+    state = load_pickle(path, mmap=True)
+    if state["config"]["optimizer"] != "adamw":
+        return None, f"fresh ({path} is of {state['config']['optimizer']})"
+    shapes = [{name: p.shape for name, p in weights.items()} for weights in (state["model"], source.state_dict())]
+    if shapes[0] != shapes[1]:
+        raise GrowError(f"{path}: of another model than {args.source}; pass --fresh_optimizer to leave it out")
+    return state["optimizer"], f"grown, as at step {state['step']}"
+
+
+def open_tokens(args, meta, vocab_size):
+    """(path, tokens) of the val.bin to measure on, or (None, None) where there is none. Raises GrowError, DataError."""
+    data = args.data or meta.get("data")
+    if not data or not (args.data or os.path.exists(os.path.join(data, "val.bin"))):
+        return None, None
+    path = os.path.join(data, "val.bin")
+    tokens, bin_meta = open_bin(path, vocab_size)
+    if bin_meta["tokenizer"] != meta.get("tokenizer", bin_meta["tokenizer"]):
+        raise GrowError(f"{path}: holds {bin_meta['tokenizer']} tokens, but {args.source} reads {meta['tokenizer']} tokens")
+    return path, tokens
 
 
 def main(argv):
@@ -347,8 +370,8 @@ def main(argv):
     parser.add_argument("--n_embd", type=int, help="width of the target")
     parser.add_argument("--n_head", type=int, help="heads of the target; default: as many as keep their size")
     parser.add_argument("--block_size", type=int, help="context of the target; exact up to the source's")
-    parser.add_argument("--depth", choices=DEPTH, default=DEPTH[0], help=f"where layers go (default {DEPTH[0]})")
-    parser.add_argument("--noise", type=float, default=NOISE, help=f"that parts the copies (default {NOISE})")
+    parser.add_argument("--depth", choices=DEPTH, default=DEPTH[0], help=f"which layers are copied (default {DEPTH[0]})")
+    parser.add_argument("--noise", type=float, default=NOISE, help=f"what parts the copies (default {NOISE})")
     parser.add_argument("--seed", type=int, default=1337, help="of the noise")
     parser.add_argument("--data", metavar="DIR", help="folder whose val.bin measures; default: the source's")
     parser.add_argument("--fresh_optimizer", action="store_true", help="leave the optimizer's state behind")
@@ -358,86 +381,66 @@ def main(argv):
         raise GrowError(f"{args.target} exists; pass --force to overwrite it")
     source, meta = load(args.source)
     old, new = source.config, target_config(source.config, args)
-    layers, rule = sources(args.depth, old.n_layer, new.n_layer), rules(old, new)
+    rule, layers = rules(old, new), sources(args.depth, old.n_layer, new.n_layer)
+    optimizer, word = source_optimizer(args, source)
     how = ", ".join(f"{key} {getattr(old, key)} to {getattr(new, key)}" + f" ({args.depth})" * (key == "n_layer")
-                    for key in ("n_layer", "n_embd", "n_head", "block_size") if getattr(new, key) != getattr(old, key))
-    optimizer, why = source_optimizer(args, source)
-    print(f"{args.source}: {how}; optimizer {why}")
+                    for key in SIZES if getattr(new, key) != getattr(old, key)) + f"; optimizer {word}"
+    print(f"{args.source}: {how}")
 
-    # real tokens where there are any
-    val = os.path.join(args.data or meta.get("data", ""), "val.bin")
-    tokens = None
-    if args.data or os.path.exists(val):
-        tokens, data_meta = open_bin(val, old.vocab_size)
-        if data_meta["tokenizer"] != meta.get("tokenizer", data_meta["tokenizer"]):
-            raise GrowError(f"{val}: holds {data_meta['tokenizer']} tokens, but {args.source} reads {meta['tokenizer']}")
-    T = min(old.block_size, 64)
-    idx = torch.randint(old.vocab_size, (2, T), generator=torch.Generator().manual_seed(args.seed))
-    if tokens is not None and len(tokens) > 2 * T:
-        idx = torch.from_numpy(tokens[:2 * T].astype(np.int64)).view(2, T)
+    path, tokens = open_tokens(args, meta, old.vocab_size)
     with torch.device("meta"):
         grown = GPT(new).eval()
     grown.slopes = alibi_slopes(new.n_head) if new.pos == "alibi" else None
+    params = grown.num_params()
+    T = int(min(old.block_size, max(16, min(64, 2e10 / params))))       # the larger, the fewer: some seconds
+    idx = torch.randint(old.vocab_size, (2, T), generator=torch.Generator().manual_seed(args.seed))
+    if tokens is not None and len(tokens) >= 2 * T:
+        idx = torch.from_numpy(tokens[:2 * T].astype(np.int64)).view(2, T)
 
-    # the same function? The source in float64 is the truth for all the others
-    weights = iter(tqdm(grow_weights(source, new, args.depth, args.noise, args.seed), desc="growing", unit="tensor",
-                        total=len(grown.state_dict()), delay=3, leave=False))
+    # the source in float64 is the truth; the grown model comes into being as it is compared
     truth = logits64(source, idx)
-    errors = [(x - truth).abs().max().item() for x in (
-        logits64(grown, idx, weights), logits64(grown, idx), logits_bf16(grown, idx), logits_bf16(source, idx))]
-    print(f"largest |difference| of logits up to {truth.abs().max():.1f}, on {idx.numel()} "
-          f"{'random tokens' if tokens is None else f'tokens of {val}'}: in float64 {errors[0]:.1e}, with weights rounded "
-          f"to fp32 {errors[1]:.1e}; in bf16 {errors[2]:.1e}, and the source's own in bf16 {errors[3]:.1e}")
+    with tqdm(grow_weights(source, new, args.depth, args.noise, args.seed), desc="growing", unit="tensor",
+              total=len(grown.state_dict()), delay=3, leave=False) as weights:
+        exact_logits = logits64(grown, idx, iter(weights))
+    errors = [(logits - truth).abs().max().item() for logits in (
+        exact_logits, logits64(grown, idx), logits_bf16(grown, idx), logits_bf16(source, idx))]
+    print(f"largest change of a logit, on {2 * T} {f'tokens of {path}' if path else 'random tokens'}, logits up to "
+          f"{truth.abs().max():.1f}:\n    float64 {errors[0]:.1e}, weights rounded to fp32 {errors[1]:.1e}, "
+          f"bf16 {errors[2]:.1e} (the source's own in bf16 {errors[3]:.1e})")
     exact = args.depth == "identity" or new.n_layer == old.n_layer
     if exact and not errors[0] <= EXACT:
         raise GrowError(f"the function changed by {errors[0]:.1e}, expected at most {EXACT}; nothing was written")
     if not exact:
-        print(f"--depth={args.depth} changes the function: the loss jumps first and comes back in training")
+        print(f"    --depth={args.depth} does not keep the function: the loss jumps first and comes back in training")
     if new.pos == "learned" and new.block_size > old.block_size:
-        print(f"positions beyond {old.block_size} are new: the function is the old one up to there")
+        print(f"    positions from {old.block_size} on are new: the function is kept up to there")
 
+    window = min(old.block_size, int(max(64, min(2**16, 2e11 / params))))
     losses = []
     for name, model in ((args.source, source), (args.target, grown)):
         line = (f"{name}: {model.num_params() / 1e6:.1f}M parameters, "
                 f"{model.flops_per_token(model.config.block_size) / 1e6:,.1f} MFLOPs per token")
-        if tokens is not None:
-            max_tokens = int(min(2**16, max(64, 5e11 / grown.num_params())))        # some seconds on a CPU
-            window = min(old.block_size, max_tokens, len(tokens) - 1)
-            losses.append(val_loss(model, tokens, window, max_tokens))
-            line += f", val loss {losses[-1]:.4f} on {max(1, min(len(tokens) - 1, max_tokens) // window) * window:,} tokens"
+        if path:
+            losses.append(val_loss(model, tokens, min(window, len(tokens) - 1), int(min(2**16, 2e11 / params))))
+            line += f", val loss {losses[-1]:.4f}"
         print(line, flush=True)
 
-    parent = {"from": args.source, "how": f"{how}; optimizer {why}",
-              **{key: meta[key] for key in ("step", "tokens", "flops", "val_loss") if key in meta}}
     beside = args.target.removesuffix(".pt") + ".optimizer.pt"
-    del source, truth, model
     with suppress(FileNotFoundError):
-        os.remove(beside)       # of an earlier growth
+        os.remove(beside)               # an earlier growth's
+    parent = {"from": args.source, "how": how,
+              **{key: meta[key] for key in ("step", "tokens", "flops", "val_loss") if key in meta}}
     save(args.target, grown, **{key: meta[key] for key in ("tokenizer", "data", "fingerprint") if key in meta}, step=0,
-         tokens=0, flops=0, **({"val_loss": losses[1]} if losses else {}), lineage=meta.get("lineage", []) + [parent])
-    if tokens is not None:
-        closest = closest_copies(grown, rule, layers, idx)
-        apart = ", ".join(f"{kind} {distance:.0e}" for kind, distance in closest.items())
-        print(f"copies after 3 steps, relative distance of the closest pair: {apart}" +
-              (": SOME ARE STILL IDENTICAL" if min(closest.values()) < 1e-5 else "; none still identical") if closest
-              else "no copies")
-    del grown
+         tokens=0, flops=0, **dict(zip(("val_loss",), losses[1:])), lineage=meta.get("lineage", []) + [parent])
+    del source, model, weights          # room for the gradients
+    closest = closest_copies(grown, rule, layers, idx)
+    print("copies 3 steps on, gradients of the closest two apart by: " +
+          (", ".join(f"{what} {distance:.0e}" for what, distance in closest.items()) or "no copies") +
+          "; SOME ARE STILL IDENTICAL" * (min(closest.values(), default=1) < 1e-5))
     if optimizer:
+        del grown
         atomic_save(grow_optimizer(optimizer, old, new, args.depth), beside)
-        print(f"{beside}: AdamW's state; train.py takes it with init_from={args.target}")
-
-
-def source_optimizer(args, source):
-    """(the state of the source's AdamW or None, a word about it). Raises GrowError, ModelError."""
-    path = args.source.removesuffix(".pt") + ".state.pt"
-    if args.fresh_optimizer or not os.path.exists(path):
-        return None, "fresh" + f", for there is no {path}" * (not args.fresh_optimizer)
-    state = load_pickle(path, mmap=True)
-    if state["config"]["optimizer"] != "adamw":
-        return None, f"fresh, for {path} is of {state['config']['optimizer']}"
-    if {name: p.shape for name, p in state["model"].items()} != {name: p.shape for name, p in source.state_dict().items()}:
-        raise GrowError(f"{path}: of another model than {args.source}; pass --fresh_optimizer to leave it out")
-    return state["optimizer"], f"grown, as at step {state['step']}"
+        print(f"{beside}: its optimizer, which train.py takes along with init_from={args.target}")
 
 
 if __name__ == "__main__":
