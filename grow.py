@@ -114,8 +114,8 @@ def rules(old, new):
     D, m = C // old.n_head, N // H // (C // old.n_head)
     if m * D * H != N:
         fits = [h for h in range(old.n_head, N + 1) if N % (h * D) == 0]
-        raise GrowError(f"--n_head={H}: heads of {N // H} channels at n_embd={N}, expected a multiple of the source's {D}"
-                        + (f"; n_head can be {', '.join(map(str, fits))}" if fits else "; take another n_embd"))
+        raise GrowError(f"--n_head={H}: heads of {N // H} channels at n_embd={N}, expected a multiple of the "
+                        f"source's {D}" + (f"; n_head can be {', '.join(map(str, fits))}" if fits else "; take another n_embd"))
     k, r = divmod(N, C)
     s = math.sqrt(N / (k * C))
     stream = torch.cat((torch.arange(C).repeat(k), torch.full((r,), -1)))               # (N,)
@@ -147,6 +147,14 @@ def rules(old, new):
     }
 
 
+def random(like, generator):
+    return torch.randn(like.shape, generator=generator, dtype=like.dtype)
+
+
+def rms(p):
+    return p.square().mean().sqrt()
+
+
 def widen(p, rule, noise, generator):
     """A weight in its new shape. p: float64, 1 or 2 dimensions; rule: an Axis for each."""
     for dim, axis in enumerate(rule):
@@ -156,7 +164,7 @@ def widen(p, rule, noise, generator):
         new = axis.source < 0
         old = axis.source.where(~new, 0)
         q = p[..., old] * axis.factor
-        noises = torch.randn(q.shape, generator=generator, dtype=q.dtype) * q[..., ~new].square().mean().sqrt()
+        noises = random(q, generator) * rms(q[..., ~new])
         if axis.new == "mean":
             q[..., new] = p.mean(-1, keepdim=True) * axis.factor[new]
         else:
@@ -209,9 +217,8 @@ def grow_weights(model, new, depth, noise=NOISE, seed=1337):
         weight = widen(weights[source].to(torch.float64, copy=True), rule, noise, generator)
         if added and "c_proj" in name:
             weight.zero_()
-        elif added and weight.shape != weights[source].shape:   # what nothing reads yet may differ freely, so that it parts
-            rms = weight.square().mean().sqrt()
-            weight += noise * rms * torch.randn(weight.shape, generator=generator, dtype=weight.dtype)
+        elif added and weight.shape != weights[source].shape:
+            weight += noise * rms(weight) * random(weight, generator)       # not read yet, so any noise parts copies
         yield name, weight
 
 
@@ -273,15 +280,15 @@ def logits_bf16(model, idx):
         return model(idx).double()
 
 
-def closest_copies(model, rule, layers, idx, steps=3):
-    """{what: how far apart the gradients of the two closest copies are, relative to their size} after some steps.
+def closest_copies(model, rule, layers, idx, steps=2):
+    """{what: how far apart the gradients of the two closest copies are, relative to their size} in the last step.
 
     0 is identical, and so is 1e-6 in fp32. Each step is AdamW's first, the gradient's sign, taken as the
     gradients arrive: no optimizer state, no second model. Changes the model.
     """
-    watched = {model.wte.weight: ("channels", 1, rule["wte.weight"][1].source)}
     heads = rule["attn.c_attn.weight"][0].source
-    heads = heads.where(heads >= 0, -1 - torch.arange(len(heads)))      # new heads copy nothing
+    heads = heads.where(heads >= 0, -1 - torch.arange(len(heads)))          # ALiBi's new heads copy nothing
+    watched = {model.wte.weight: ("channels", 1, rule["wte.weight"][1].source)}
     for block in model.h:
         watched[block.attn.c_attn.weight] = ("heads", 0, heads)
         watched[block.mlp.c_fc.weight] = ("hidden units", 0, rule["mlp.c_fc.weight"][0].source)
@@ -289,7 +296,7 @@ def closest_copies(model, rule, layers, idx, steps=3):
 
     def step(p):
         if p in watched:
-            g = p.grad.movedim(watched[p][1], 0)                                                # (n, M)
+            g = p.grad.movedim(watched[p][1], 0)                                                      # (n, M)
             prints[p] = g @ torch.randn(g.size(1), 8, generator=torch.Generator().manual_seed(0))     # (n, 8)
         p.data.sub_(p.grad.sign(), alpha=1e-3)
         p.grad = None
@@ -299,22 +306,22 @@ def closest_copies(model, rule, layers, idx, steps=3):
     for _ in range(steps):
         model(idx[:, :-1], idx[:, 1:]).backward()
 
-    closest = {}
+    apart = {}
     for p, (what, _, source) in watched.items():
-        x = prints[p]
-        apart = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist") / x.norm(dim=1).clamp(min=1e-30)
-        copies = (source[:, None] == source).triu(1)                                            # (n, n)
-        closest[what] = min([closest.get(what, math.inf), *apart[copies].tolist()])
+        copies = (source[:, None] == source).triu(1).nonzero().t()                                    # (2, pairs)
+        x, y = prints[p][copies]                                                                      # (pairs, 8) each
+        apart[what] = apart.get(what, []) + ((x - y).norm(dim=1) / x.norm(dim=1).clamp(min=1e-30)).tolist()
     for i, j in combinations(range(len(layers)), 2):
         if layers[i] == layers[j]:
             x, y = (prints[model.h[n].mlp.c_fc.weight] for n in (i, j))
-            closest["layers"] = min(closest.get("layers", math.inf), ((x - y).norm() / x.norm()).item())
-    return {what: distance for what, distance in closest.items() if distance < math.inf}
+            apart["layers"] = apart.get("layers", []) + [((x - y).norm() / x.norm()).item()]
+    return {what: min(distances) for what, distances in apart.items() if distances}
 
 
-def val_loss(model, tokens, T, max_tokens):
-    """Mean loss in nats per token on at most max_tokens of a bin, in windows of T spread evenly over it."""
-    n = max(1, min(len(tokens) - 1, max_tokens) // T)
+def val_loss(model, tokens, max_tokens):
+    """Mean loss in nats per token on at most max_tokens of a bin, in windows spread evenly over it."""
+    T = min(model.config.block_size, max_tokens, len(tokens) - 1)
+    n = min(len(tokens) - 1, max_tokens) // T
     starts = np.arange(n) * ((len(tokens) - 1) // T) // n * T
     return model.total_loss(tokens, starts, T, batch_size=4) / (n * T)
 
@@ -358,7 +365,7 @@ def open_tokens(args, meta, vocab_size):
     path = os.path.join(data, "val.bin")
     tokens, bin_meta = open_bin(path, vocab_size)
     if bin_meta["tokenizer"] != meta.get("tokenizer", bin_meta["tokenizer"]):
-        raise GrowError(f"{path}: holds {bin_meta['tokenizer']} tokens, but {args.source} reads {meta['tokenizer']} tokens")
+        raise GrowError(f"{path}: holds {bin_meta['tokenizer']} tokens, but {args.source} reads {meta['tokenizer']}")
     return path, tokens
 
 
@@ -370,7 +377,7 @@ def main(argv):
     parser.add_argument("--n_embd", type=int, help="width of the target")
     parser.add_argument("--n_head", type=int, help="heads of the target; default: as many as keep their size")
     parser.add_argument("--block_size", type=int, help="context of the target; exact up to the source's")
-    parser.add_argument("--depth", choices=DEPTH, default=DEPTH[0], help=f"which layers are copied (default {DEPTH[0]})")
+    parser.add_argument("--depth", choices=DEPTH, default=DEPTH[0], help=f"what layers copy (default {DEPTH[0]})")
     parser.add_argument("--noise", type=float, default=NOISE, help=f"what parts the copies (default {NOISE})")
     parser.add_argument("--seed", type=int, default=1337, help="of the noise")
     parser.add_argument("--data", metavar="DIR", help="folder whose val.bin measures; default: the source's")
@@ -391,8 +398,8 @@ def main(argv):
     with torch.device("meta"):
         grown = GPT(new).eval()
     grown.slopes = alibi_slopes(new.n_head) if new.pos == "alibi" else None
-    params = grown.num_params()
-    T = int(min(old.block_size, max(16, min(64, 2e10 / params))))       # the larger, the fewer: some seconds
+    max_tokens = int(min(2**16, max(64, 2e11 / grown.num_params())))        # the larger, the fewer: some seconds
+    T = min(old.block_size, 64, max_tokens // 8)
     idx = torch.randint(old.vocab_size, (2, T), generator=torch.Generator().manual_seed(args.seed))
     if tokens is not None and len(tokens) >= 2 * T:
         idx = torch.from_numpy(tokens[:2 * T].astype(np.int64)).view(2, T)
@@ -415,13 +422,12 @@ def main(argv):
     if new.pos == "learned" and new.block_size > old.block_size:
         print(f"    positions from {old.block_size} on are new: the function is kept up to there")
 
-    window = min(old.block_size, int(max(64, min(2**16, 2e11 / params))))
     losses = []
     for name, model in ((args.source, source), (args.target, grown)):
         line = (f"{name}: {model.num_params() / 1e6:.1f}M parameters, "
                 f"{model.flops_per_token(model.config.block_size) / 1e6:,.1f} MFLOPs per token")
         if path:
-            losses.append(val_loss(model, tokens, min(window, len(tokens) - 1), int(min(2**16, 2e11 / params))))
+            losses.append(val_loss(model, tokens, max_tokens))
             line += f", val loss {losses[-1]:.4f}"
         print(line, flush=True)
 
@@ -434,7 +440,7 @@ def main(argv):
          tokens=0, flops=0, **dict(zip(("val_loss",), losses[1:])), lineage=meta.get("lineage", []) + [parent])
     del source, model, weights          # room for the gradients
     closest = closest_copies(grown, rule, layers, idx)
-    print("copies 3 steps on, gradients of the closest two apart by: " +
+    print("gradients of the closest two copies after a step, relative difference: " +
           (", ".join(f"{what} {distance:.0e}" for what, distance in closest.items()) or "no copies") +
           "; SOME ARE STILL IDENTICAL" * (min(closest.values(), default=1) < 1e-5))
     if optimizer:

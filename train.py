@@ -709,8 +709,8 @@ def main(argv):
                     log.write(step=step, tokens=step * tokens_per_step, val_loss=val_loss, bits_per_byte=bits_per_byte)
                     if val_loss < best:
                         save(f"{path}.pt", model, step=step, tokens=step * tokens_per_step, val_loss=val_loss,
-                             flops=step * flops_per_step, tokenizer=meta["tokenizer"], data=config.data, fingerprint=fingerprint,
-                             lineage=lineage)
+                             flops=step * flops_per_step, tokenizer=meta["tokenizer"], data=config.data,
+                             fingerprint=fingerprint, lineage=lineage)
                     log.plot(f"{path}.png")
             if val_loss < best:
                 best, best_step = val_loss, step
@@ -792,7 +792,8 @@ def main(argv):
         if master:
             with full_disk_survived(f"{path}.avg.pt"):
                 save(f"{path}.avg.pt", model, step=step, tokens=step * tokens_per_step, val_loss=mean_loss,
-                     flops=step * flops_per_step, tokenizer=meta["tokenizer"], data=config.data, fingerprint=fingerprint, lineage=lineage)
+                     flops=step * flops_per_step, tokenizer=meta["tokenizer"], data=config.data,
+                     fingerprint=fingerprint, lineage=lineage)
     if distributed:
         dist.barrier()      # a rank that leaves early takes its connections away from the others
         dist.destroy_process_group()
