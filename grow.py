@@ -1,34 +1,34 @@
-"""Make a trained model larger: wider without changing its function, deeper, or both.
+"""Make a trained model larger: wider and deeper, in any proportion, without changing its function.
 
     python grow.py out/580M.pt out/1.1B-init.pt --n_layer=36
-    python grow.py out/a.pt out/b-init.pt --n_embd=1024 --n_head=16 --n_layer=18 --depth=identity
-    python train.py configs/1.1B.py                     with init_from = "out/1.1B-init.pt"
+    python grow.py out/a.pt out/b-init.pt --n_embd=1024 --n_head=16 --n_layer=18
+    python train.py configs/1.1B.py                     where init_from = "out/1.1B-init.pt"
 
-What comes out is a plain checkpoint. Before it is written, the grown model is compared with the
-source in float64; beside it stands NAME.optimizer.pt, AdamW's state grown with it, where the
-source has its .state.pt.
+What comes out is a plain checkpoint, compared with its source in float64 before it is written.
+Where the source has its .state.pt, AdamW's state is grown too, into NAME.optimizer.pt beside it.
 
-Width C to C', k = C' // C whole copies and r = C' - k C channels left over. LayerNorm's mean is
-the old one only if every channel is copied equally often, so the r channels hold the mean μ of
-the stream; with s = sqrt(C' / (k C)) the variance is the old one too, and eps needs no care:
+Width C becomes C': k = C' // C whole copies, and r = C' - k C channels left over. LayerNorm's mean
+stays only if every channel is copied equally often, so those r hold the mean μ of the stream; with
+s = sqrt(C' / (k C)) its variance stays too, and eps needs no care. x is what a norm computes:
 
-    the stream      h' = s [h; ...; h; μ ... μ]     so whatever writes to it does this to its rows
-    layer norms     weight / s, bias: their output is [x; ...; x; 0], the 0s times any weight
-    what reads it   columns W / k + E_c, the E_c random with sum 0 over the copies c: the copies get
-                    different gradients and part; the r columns read 0s, so they are random
-    the tied head   sees h' grown by s k s: the last norm's weight / (k s²), its bias / (k s)
-    MLP             hidden units are copied, the columns that read a unit share its weight
-    heads           copied likewise, learned positions; with ALiBi a head is its slope, so old heads
-                    go where the new table has theirs, and the others are random and not yet read
-    wider heads     m copies of each channel; q and k by m^(-1/4), for q k^T is divided by sqrt(m D)
+    the stream      h' = s [h; ...; h; μ ... μ], so the rows of what writes to it become that
+    layer norms     weight / s, bias as it was: [x; ...; x; 0 ... 0], whatever the weight of the 0s
+    readers         columns W / k + E_c, random E_c whose sum over the copies c is 0: the copies get
+                    different gradients, and part; the columns that meet the 0s are random
+    the tied head   sums k copies, each s times as large: the last norm's weight / (k s²), bias / (k s)
+    MLP             hidden units are copied, and the columns that read a unit share its weight
+    heads           the same with learned positions; with ALiBi a head is its slope, so old heads go
+                    where the larger table has their slope, the others are random and not yet read
+    wider heads     m copies of each channel, q and k by m^(-1/4), since q k^T is divided by sqrt(m D)
 
-(Net2Net, Chen et al. 2016, arXiv:1511.05641, for layers; here for a pre-norm GPT and any C'.)
-Depth keeps the function with --depth=identity only, where a copied layer writes zeros at first.
+(After Net2Net, Chen et al. 2016, arXiv:1511.05641, whose copies a layer norm would see.) Depth:
+--depth=identity adds copies of layers that write nothing at first; the others change the function.
 
-AdamW: a tensor f times as large, in n copies, has gradients of 1 / (n f). So m grows by 1 / (n f), v
-by its square, eps by 1 / (n f), and the rate by f: with equal copies (no noise, k C = C', heads
-copied) training goes on exactly as the source's would have, weight decay included. What is new has
-m = 0 and v the mean of the source's, lest Adam's first steps there be too long.
+AdamW: a weight that becomes n copies, f times as large, gets gradients 1 / (n f) times as large. So
+m takes that factor, v its square, eps that factor, and the learning rate f: with equal copies (no
+noise, C' = k C, heads copied) training goes on exactly as the source's would have, weight decay
+included. With wider heads q and k, in one tensor with v, learn up to m^(1/4) faster than that. New
+entries have m = 0 and the mean v of the others, lest Adam's first steps be too long.
 """
 import math
 import os
@@ -49,7 +49,7 @@ from prepare import DataError, Parser, open_bin
 NOISE = 0.5         # of E_c, relative to the tensor's own entries
 EXACT = 1e-10       # |difference of logits| in float64 above which a growth that should be exact is not
 SIZES = ("n_layer", "n_embd", "n_head", "block_size")
-DEPTH = ("adjacent", "identity", "stack", "middle")
+DEPTH = ("identity", "adjacent", "stack", "middle")        # the first is the default: logs/growth.md
 
 
 class GrowError(ValueError):
@@ -115,7 +115,7 @@ def rules(old, new):
     if m * D * H != N:
         fits = [h for h in range(old.n_head, N + 1) if N % (h * D) == 0]
         raise GrowError(f"--n_head={H}: heads of {N // H} channels at n_embd={N}, expected a multiple of the "
-                        f"source's {D}" + (f"; n_head can be {', '.join(map(str, fits))}" if fits else "; take another n_embd"))
+                        f"source's {D}; " + (f"n_head can be {', '.join(map(str, fits))}" if fits else "change n_embd"))
     k, r = divmod(N, C)
     s = math.sqrt(N / (k * C))
     stream = torch.cat((torch.arange(C).repeat(k), torch.full((r,), -1)))               # (N,)

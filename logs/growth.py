@@ -74,18 +74,24 @@ ARMS = {
 
 
 def run(name, shape, seed, steps, schedule_steps, *words):
-    """Train through train.py; returns [(FLOPs so far, validation loss), ...]."""
-    out = f"{OUT}/{name}"
-    train.learning_rate = functools.partial(whole_schedule, schedule_steps)
-    quietly(train.main, f"{OUT}/run.py", f"--seed={seed}", f"--max_steps={steps}", f"--out_dir={out}",
-            *(f"--{key}={value}" for key, value in shape.items()), *words)
-    model, meta = train.load(f"{out}/run.pt")
-    records = [json.loads(line) for line in open(f"{out}/run.jsonl")]
-    points = [(r["tokens"] * model.flops_per_token(model.config.block_size), r["val_loss"])
-              for r in records if "val_loss" in r]
-    if records[-1]["step"] < steps:
+    """Train through train.py, unless it is done; returns [(FLOPs so far, validation loss), ...]."""
+    out = f"{OUT}/{name}".replace(" ", "_")
+    if last_step(out) < steps:
+        train.learning_rate = functools.partial(whole_schedule, schedule_steps)
+        quietly(train.main, f"{OUT}/run.py", f"--seed={seed}", f"--max_steps={steps}", f"--out_dir={out}",
+                *(f"--{key}={value}" for key, value in shape.items()), *words)
+    if last_step(out) < steps:
         sys.exit("stopped; the same command goes on")
-    return points
+    model, _ = train.load(f"{out}/run.pt")
+    return [(r["tokens"] * model.flops_per_token(model.config.block_size), r["val_loss"])
+            for r in map(json.loads, open(f"{out}/run.jsonl")) if "val_loss" in r]
+
+
+def last_step(out):
+    """How far a run has come, with its evaluation."""
+    if not os.path.exists(f"{out}/run.jsonl"):
+        return -1
+    return max((r["step"] for r in map(json.loads, open(f"{out}/run.jsonl")) if "val_loss" in r), default=-1)
 
 
 def whole_schedule(schedule_steps, step, config, _max_steps, learning_rate=train.learning_rate):
@@ -110,7 +116,7 @@ def arm(name, seed):
     init = f"{OUT}/{name}-{seed}-init.pt".replace(" ", "_")
     quietly(grow.main, f"{OUT}/{source}/run.pt", init, "--force", *words,
             *(f"--{key}={value}" for key, value in TARGET.items()))
-    points = run(f"{name}-{seed}".replace(" ", "_"), TARGET, 100 + seed, GROWN_STEPS, GROWN_STEPS,
+    points = run(f"{name}-{seed}", TARGET, 100 + seed, GROWN_STEPS, GROWN_STEPS,
                  f"--init_from={init}", *([] if warm else ["--warmup_steps=0"]))
     return dict(points=points, source_flops=cost)
 
@@ -153,8 +159,10 @@ def report(done):
         """What training from scratch takes to end at this loss: log FLOPs interpolated; nan outside the range."""
         return np.exp(np.interp(loss, reached[::-1], np.log(spent[::-1]), left=np.nan, right=np.nan))
 
-    lines = ["| run | val loss | after growing | saved, source not counted | saved, source counted |", "|---|---|---|---|---|"]
-    lines += [f"| {name} | {losses(done, name).mean():.3f} ± {losses(done, name).std(ddof=1):.3f} | | | |" for name in names]
+    lines = ["| run | val loss just after growing | at the end | saved, source not counted | saved, source counted |",
+             "|---|---|---|---|---|"]
+    lines += [f"| {name} | | {losses(done, name).mean():.3f} ± {losses(done, name).std(ddof=1):.3f} | | |"
+              for name in names]
     for name in ARMS:
         end = losses(done, name)
         if len(end) < len(SEEDS):
@@ -166,7 +174,7 @@ def report(done):
         source = np.array([r["source_flops"] for r in records])
         cells = [f"{100 * (1 - cost / need).mean():+.0f}% ± {100 * (1 - cost / need).std(ddof=1):.0f}"
                  for cost in (own, own + source)]
-        lines.append(f"| {name} | {end.mean():.3f} ± {end.std(ddof=1):.3f} | {jump:.3f} | {' | '.join(cells)} |")
+        lines.append(f"| {name} | {jump:.3f} | {end.mean():.3f} ± {end.std(ddof=1):.3f} | {' | '.join(cells)} |")
     path = HERE / "growth.md"
     head, _, tail = (path.read_text() if path.exists() else f"# Growth\n\n{START}\n{END}\n").partition(START)
     path.write_text(f"{head}{START}\n" + "\n".join(lines) + f"\n{END}{tail.partition(END)[2]}")

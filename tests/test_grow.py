@@ -107,7 +107,7 @@ def test_a_deeper_model_runs_the_old_layers_in_that_order(pos, depth):
 def test_head_size_that_is_no_multiple():
     with pytest.raises(GrowError, match="n_head=2: heads of 12 .* multiple of the source's 8; n_head can be 3"):
         grown(tiny(), n_embd=24)
-    with pytest.raises(GrowError, match="take another n_embd"):
+    with pytest.raises(GrowError, match="change n_embd"):
         grown(tiny(), n_embd=20)
 
 
