@@ -253,24 +253,30 @@ def logits64(model, idx, weights=None):
     weights: what grow_weights yields; then the model is filled from it on the way, rounded to fp32
     behind each layer. So neither model is ever held whole in float64.
     """
+    fp32 = {}
+
     def enter(part, _=None):
-        if weights is None:
-            part.double()
-        else:
+        if weights is not None:
             part.load_state_dict({name: next(weights)[1] for name in part.state_dict()}, assign=True)
+        for p in part.parameters():
+            fp32[p] = p.data.float()       # itself where it is fp32
+            p.data = p.data.double()
 
     def leave(part, *_):
-        part.float()
+        for p in part.parameters():
+            p.data = fp32.pop(p)
 
     hooks = [hook for layer in model.h for hook in
              (layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave))]
-    hooks.append(model.ln_f.register_forward_pre_hook(enter))
-    for part in filter(None, (model.wte, model.wpe)):
+    ends = [part for part in (model.wte, model.wpe) if part is not None]
+    for part in ends:
         enter(part)
+    hooks.append(model.ln_f.register_forward_pre_hook(enter))
     logits = model(idx)
+    for part in (*ends, model.ln_f):
+        leave(part)
     for hook in hooks:
         hook.remove()
-    model.float()
     return logits
 
 
@@ -298,7 +304,7 @@ def closest_copies(model, rule, layers, idx, steps=2):
         if p in watched:
             g = p.grad.movedim(watched[p][1], 0)                                                      # (n, M)
             prints[p] = g @ torch.randn(g.size(1), 8, generator=torch.Generator().manual_seed(0))     # (n, 8)
-        p.data.sub_(p.grad.sign(), alpha=1e-3)
+        p.data.sub_(p.grad.sign_(), alpha=1e-3)
         p.grad = None
 
     for p in model.parameters():

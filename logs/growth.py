@@ -142,18 +142,22 @@ def measure():
     return done
 
 
-def losses(done, name):
+def end_losses(done, name):
     return np.array([done[name, seed]["points"][-1][1] for seed in SEEDS if (name, seed) in done])
 
 
+def mean_sd(x, form):
+    return f"{x.mean():{form}} ± {x.std(ddof=1):{form.lstrip('+')}}"
+
+
 def report(done):
-    """The table and the picture of what is measured so far."""
-    steps = [n for n in SCRATCH_STEPS if len(losses(done, f"scratch, {n} steps")) == len(SEEDS)]
-    if len(steps) < 2:
+    """Write the table and the picture of what is measured so far."""
+    scratch, arms = ([name for name in names if len(end_losses(done, name)) == len(SEEDS)]
+                     for names in ([f"scratch, {n} steps" for n in SCRATCH_STEPS], ARMS))
+    if len(scratch) < 2:
         return
-    names = [f"scratch, {n} steps" for n in steps]
-    spent = np.array([done[name, SEEDS[0]]["points"][-1][0] for name in names])
-    reached = np.array([losses(done, name).mean() for name in names])
+    spent = np.array([done[name, SEEDS[0]]["points"][-1][0] for name in scratch])
+    reached = np.array([end_losses(done, name).mean() for name in scratch])
 
     def flops_from_scratch(loss):
         """What training from scratch takes to end at this loss: log FLOPs interpolated; nan outside the range."""
@@ -161,42 +165,46 @@ def report(done):
 
     lines = ["| run | val loss just after growing | at the end | saved, source not counted | saved, source counted |",
              "|---|---|---|---|---|"]
-    lines += [f"| {name} | | {losses(done, name).mean():.3f} ± {losses(done, name).std(ddof=1):.3f} | | |"
-              for name in names]
-    for name in ARMS:
-        end = losses(done, name)
-        if len(end) < len(SEEDS):
-            continue
+    lines += [f"| {name} | | {mean_sd(end_losses(done, name), '.3f')} | | |" for name in scratch]
+    saved = {}
+    for name in arms:
         records = [done[name, seed] for seed in SEEDS]
-        jump = np.mean([r["points"][0][1] for r in records])
-        need = flops_from_scratch(end)
-        own = np.array([r["points"][-1][0] for r in records])
+        start = np.mean([r["points"][0][1] for r in records])
+        cost = np.array([r["points"][-1][0] for r in records])
         source = np.array([r["source_flops"] for r in records])
-        cells = [f"{100 * (1 - cost / need).mean():+.0f}% ± {100 * (1 - cost / need).std(ddof=1):.0f}"
-                 for cost in (own, own + source)]
-        lines.append(f"| {name} | {jump:.3f} | {end.mean():.3f} ± {end.std(ddof=1):.3f} | {' | '.join(cells)} |")
+        needed = flops_from_scratch(end_losses(done, name))
+        saved[name] = [100 * (1 - flops / needed) for flops in (cost, cost + source)]
+        lines.append(f"| {name} | {start:.3f} | {mean_sd(end_losses(done, name), '.3f')} | "
+                     f"{mean_sd(saved[name][0], '+.0f')}% | {mean_sd(saved[name][1], '+.0f')}% |")
     path = HERE / "growth.md"
     head, _, tail = (path.read_text() if path.exists() else f"# Growth\n\n{START}\n{END}\n").partition(START)
     path.write_text(f"{head}{START}\n" + "\n".join(lines) + f"\n{END}{tail.partition(END)[2]}")
 
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained", sharey=True)
-    for counted, ax in enumerate(axes):
-        ax.plot(spent, reached, "ko-", label="from scratch")
-        for name in (n for n in ARMS if len(losses(done, n)) == len(SEEDS)):
-            x = np.mean([done[name, s]["points"][-1][0] + counted * done[name, s]["source_flops"] for s in SEEDS])
-            y = losses(done, name)
-            ax.errorbar([x], [y.mean()], yerr=[y.std(ddof=1)], marker=MARKERS[ARMS[name][0]], ms=5, capsize=2,
-                        label=name)
-        ax.set(xscale="log", xlabel="training FLOPs, source " + ("counted" if counted else "not counted"))
-        ax.grid(alpha=0.3, which="both")
-    axes[0].set(ylabel="validation loss at the end, nats per byte")
-    axes[1].legend(fontsize=6, loc="upper left", bbox_to_anchor=(1, 1))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
+    left.plot(spent, reached, "ko-", label="from scratch, each with its whole schedule")
+    for kind, marker in (("depth", "^"), ("width", "s"), ("both", "D")):
+        names = [name for name in arms if ARMS[name][0] == kind]
+        for counted, fill, words in ((0, "full", "source not counted"), (1, "none", "source counted")):
+            records = [done[name, SEEDS[0]] for name in names]      # the cost is that of any seed
+            left.plot([r["points"][-1][0] + counted * r["source_flops"] for r in records],
+                      [end_losses(done, name).mean() for name in names], marker, color=f"C{counted}",
+                      fillstyle=fill, ms=6, label=f"{kind} grown, {words}")
+    left.set(xscale="log", xlabel="training FLOPs", ylabel="validation loss at the end, nats per byte")
+    left.grid(alpha=0.3, which="both")
+    left.legend(fontsize=8)
+    y = np.arange(len(arms))[::-1]
+    for counted, words in enumerate(("source not counted", "source counted")):
+        values = [saved[name][counted] for name in arms]
+        right.barh(y + 0.2 - 0.4 * counted, [v.mean() for v in values], 0.38, xerr=[v.std(ddof=1) for v in values],
+                   color=("C0", "C1")[counted], label=words)
+    right.axvline(40, color="k", lw=0.8, ls=":")
+    right.set(yticks=y, yticklabels=arms, xlabel="% of compute saved at equal validation loss")
+    figure.legend(*right.get_legend_handles_labels(), fontsize=8, loc="outside lower right", ncols=2)
     figure.savefig(HERE / "growth.png", dpi=120)
     plt.close(figure)
 
 
 START, END = "<!-- written by growth.py -->", "<!-- to here -->"
-MARKERS = {"depth": "^", "width": "s", "both": "D"}
 
 if __name__ == "__main__":
     report(measure())
