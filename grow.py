@@ -223,7 +223,7 @@ def grow_weights(model, new, depth, noise=NOISE, seed=1337):
 
 
 def grow_optimizer(state, old, new, depth):
-    """What train.py goes on from: dict(state={name: step, exp_avg, exp_avg_sq}, settings={name: lr_scale, eps}).
+    """What train.py goes on from: dict(settings={name: lr_scale, eps}, moments={name: step, exp_avg, exp_avg_sq}).
 
     state: that of the source's AdamW; old, new: GPTConfig. Raises GrowError.
     """
@@ -239,7 +239,7 @@ def grow_optimizer(state, old, new, depth):
         share = math.prod(axis.share()[axis.source >= 0].mean().item() for axis in rule)
         settings[name] = {key: float(f"{group[key] * scale:.12g}")      # equal ones are equal to the last digit
                           for key, scale in (("lr_scale", factor), ("eps", share))}
-    return dict(state=moments, settings=settings)
+    return dict(settings=settings, moments=moments)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -337,8 +337,8 @@ def val_loss(model, tokens, max_tokens):
 
 def target_config(old, args):
     """The grown model's GPTConfig. Raises GrowError, ModelError."""
-    size = {key: getattr(args, key) or getattr(old, key) for key in SIZES}
-    if not args.n_head and size["n_embd"] % (old.n_embd // old.n_head) == 0:
+    size = {key: getattr(old if getattr(args, key) is None else args, key) for key in SIZES}
+    if args.n_head is None and size["n_embd"] % (old.n_embd // old.n_head) == 0:
         size["n_head"] = size["n_embd"] // (old.n_embd // old.n_head)       # more heads of the old size
     for key, value in size.items():
         if value < getattr(old, key):
@@ -357,8 +357,9 @@ def source_optimizer(args, source):
     state = load_pickle(path, mmap=True)
     if state["config"]["optimizer"] != "adamw":
         return None, f"fresh ({path} is of {state['config']['optimizer']})"
-    shapes = [{name: p.shape for name, p in weights.items()} for weights in (state["model"], source.state_dict())]
-    if shapes[0] != shapes[1]:
+    shapes = {name: state["model"][name].shape for group in state["optimizer"].get("param_groups", ())
+              for name in group.get("names", ())}
+    if shapes != {name: p.shape for name, p in source.named_parameters()}:
         raise GrowError(f"{path}: of another model than {args.source}; pass --fresh_optimizer to leave it out")
     return state["optimizer"], f"grown, as at step {state['step']}"
 

@@ -603,7 +603,7 @@ def main(argv):
     state = None
     if config.resume and os.path.exists(f"{path}.state.pt"):
         state = load_pickle(f"{path}.state.pt", mmap=True)      # one copy for all processes of a machine
-        if not isinstance(state, dict) or "optimizer" not in state:
+        if not isinstance(state, dict) or "names" not in state.get("optimizer", {}).get("param_groups", [{}])[0]:
             raise ModelError(f"{path}.state.pt: not a state of train.py")
         for key in ("block_size", "batch_size", "optimizer", "seed", *SHAPE):
             if key in given and state["config"][key] != getattr(config, key):
@@ -619,16 +619,19 @@ def main(argv):
         model, lineage = make_model(config, given, meta)
     model.to(device).train()
     model.checkpointing = config.checkpoint
-    settings, grown = None, config.init_from.removesuffix(".pt") + ".optimizer.pt"
+    beside = config.init_from.removesuffix(".pt") + ".optimizer.pt"
+    settings, moments = None, None
     if state:
         settings = {name: {key: group[key] for key in ("lr_scale", "eps")}
                     for group in state["optimizer"]["param_groups"] for name in group["names"]}
-    elif os.path.exists(grown) and config.optimizer == "adamw":
-        grown = load_pickle(grown, mmap=True)
-        settings = grown["settings"]
+    elif config.init_from and os.path.exists(beside):
+        say(f"{beside}: " + ("AdamW goes on from it" if config.optimizer == "adamw" else "AdamW's, so Adafactor is new"))
+        if config.optimizer == "adamw":
+            grown = load_pickle(beside, mmap=True)
+            settings, moments = grown["settings"], grown["moments"]
     optimizer = make_optimizer(model, config, settings)
-    if settings and not state:
-        load_moments(optimizer, grown["state"])
+    if moments:
+        load_moments(optimizer, moments)
     dtype, why = config.dtype, "as configured"
     if dtype == "auto":
         choice = [(state["dtype"], "as before") if state else faster_dtype(device)]

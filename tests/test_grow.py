@@ -135,7 +135,7 @@ def test_grown_optimizer_follows_the_sources_trajectory(bias, k):
     for name, settings_ in (("grown", state["settings"]), ("fresh", None)):
         copy = m.build(larger.config, {key: p.clone() for key, p in larger.state_dict().items()}, "copy")
         optimizers[name] = copy, t.make_optimizer(copy, config, settings_)
-    t.load_moments(optimizers["grown"][1], state["state"])
+    t.load_moments(optimizers["grown"][1], state["moments"])
     start = model(tokens())
     for each in ((model, optimizer), *optimizers.values()):
         descend(*each, range(5, 15))
@@ -149,7 +149,7 @@ def test_new_entries_of_the_optimizer_have_no_momentum_and_a_mean_variance():
     optimizer = t.make_optimizer(model, t.Config())
     descend(model, optimizer, range(3))
     new = replace(model.config, n_embd=24, n_head=3, n_layer=3)
-    state = g.grow_optimizer(optimizer.state_dict(), model.config, new, "identity")["state"]
+    state = g.grow_optimizer(optimizer.state_dict(), model.config, new, "identity")["moments"]
     old = {name: optimizer.state[p] for name, p in model.named_parameters()}
     norm = state["h.0.ln_1.weight"]
     assert torch.equal(norm["exp_avg"][16:], torch.zeros(8))
@@ -198,6 +198,7 @@ def test_grow_then_train_then_evaluate(workspace, run):
         result = run("train.py", *start, f"--out_dir=out/{out}", f"--max_steps={steps}", cwd=workspace)
         assert result.returncode == 0, result.stderr
     assert "comes from out/tiny.pt: n_layer 2 to 5" in result.stdout
+    assert "out/grown-init.optimizer.pt: AdamW goes on from it" in result.stdout
     a, b = (m.load_pickle(str(workspace / f"out/{out}/tiny.state.pt")) for out in "ab")
     assert all(torch.equal(p, b["model"][name]) for name, p in a["model"].items())
     steps = {float(own["step"]) for own in a["optimizer"]["state"].values()}
