@@ -313,11 +313,20 @@ def learning_rate(step, config, max_steps):
     return config.min_lr + share * (config.learning_rate - config.min_lr)
 
 
-def make_optimizer(model, config):
-    """AdamW (Loshchilov & Hutter 2019) or Adafactor (Shazeer & Stern 2018); decay on matrices only."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [dict(params=matrices, weight_decay=config.weight_decay), dict(params=vectors, weight_decay=0.0)]
+def make_optimizer(model, config, settings=None):
+    """AdamW (Loshchilov & Hutter 2019) or Adafactor (Shazeer & Stern 2018); decay on matrices only.
+
+    settings: {name: dict(lr_scale, eps)} where the model was grown with its optimizer; the decay of a
+    step, rate times weight_decay, stays that of the source.
+    """
+    groups = {}
+    for name, p in model.named_parameters():
+        own = settings[name] if settings else dict(lr_scale=1.0)
+        decay = config.weight_decay / own["lr_scale"] if p.dim() >= 2 else 0.0
+        group = groups.setdefault((p.dim() >= 2, *own.values()), dict(params=[], names=[], weight_decay=decay, **own))
+        group["params"].append(p)
+        group["names"].append(name)
+    groups = list(groups.values())
     if config.optimizer == "adafactor":
         return torch.optim.Adafactor(groups, lr=config.learning_rate)
     adamw = dict(lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
@@ -325,6 +334,17 @@ def make_optimizer(model, config):
         from torch.distributed.optim import ZeroRedundancyOptimizer     # here, for it takes long to import
         return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **adamw)
     return torch.optim.AdamW(groups, **adamw)
+
+
+def load_moments(optimizer, moments):
+    """Start optimizer, new, from moments {name: dict(step, exp_avg, exp_avg_sq)}, which grow.py wrote."""
+    index, groups, state = 0, [], {}
+    for group in optimizer.param_groups:
+        groups.append({**group, "params": list(range(index, index + len(group["params"])))})
+        for name, p in zip(group["names"], group["params"]):    # a shorter context takes the first positions
+            state[index] = {key: x[:len(p)] if x.dim() else x for key, x in moments[name].items()}
+            index += 1
+    optimizer.load_state_dict(dict(state=state, param_groups=groups))
 
 
 def train_step(model, optimizer, rows, micro_batch_size, autocast, grad_clip, scaler, stop=()):
@@ -607,7 +627,7 @@ def make_model(config, given, meta):
                           f"uses {meta['vocab_size']} tokens")
     model.crop_block_size(config.block_size)
     model.config.dropout = config.dropout
-    parent = {key: source[key] for key in ("step", "tokens", "val_loss") if key in source}
+    parent = {key: source[key] for key in ("step", "tokens", "flops", "val_loss") if key in source}
     return model, source.get("lineage", []) + [{"from": config.init_from, **parent}]
 
 
@@ -665,7 +685,7 @@ def main(argv):
     state = None
     if config.resume and os.path.exists(f"{path}.state.pt"):
         state = load_pickle(f"{path}.state.pt", mmap=True)      # one copy for all processes of a machine
-        if not isinstance(state, dict) or "optimizer" not in state:
+        if not isinstance(state, dict) or "names" not in state.get("optimizer", {}).get("param_groups", [{}])[0]:
             raise ModelError(f"{path}.state.pt: not a state of train.py")
         for key in ("block_size", "batch_size", "optimizer", "seed", *SHAPE):
             if key in given and state["config"][key] != getattr(config, key):
@@ -684,7 +704,19 @@ def main(argv):
                           f"{config.block_size}; a longer context takes pos = alibi")
     model.to(device).train()
     model.checkpointing = config.checkpoint
-    optimizer = make_optimizer(model, config)
+    beside = config.init_from.removesuffix(".pt") + ".optimizer.pt"
+    settings, moments = None, None
+    if state:
+        settings = {name: {key: group[key] for key in ("lr_scale", "eps")}
+                    for group in state["optimizer"]["param_groups"] for name in group["names"]}
+    elif config.init_from and os.path.exists(beside):
+        say(f"{beside}: " + ("AdamW goes on from it" if config.optimizer == "adamw" else "AdamW's, so Adafactor is new"))
+        if config.optimizer == "adamw":
+            grown = load_pickle(beside, mmap=True)
+            settings, moments = grown["settings"], grown["moments"]
+    optimizer = make_optimizer(model, config, settings)
+    if moments:
+        load_moments(optimizer, moments)
     dtype, why = config.dtype, "as configured"
     if dtype == "auto":
         choice = [(state["dtype"], "as before") if state else faster_dtype(device)]
@@ -720,6 +752,9 @@ def main(argv):
         f"{tokens_per_step:,} tokens, {max_steps * config.batch_size / n_blocks:.2f} epochs")
     if state:
         say(f"going on from {path}.state.pt at step {step}; --resume=false starts over")
+    for parent in lineage:
+        say(f"comes from {parent['from']}{': ' * ('how' in parent)}{parent.get('how', '')}, "
+            f"{parent.get('tokens', 0) / 1e6:,.1f}M tokens, {parent.get('flops', 0):.2e} FLOPs")
     log = None
     if master:
         versions = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
@@ -743,6 +778,10 @@ def main(argv):
                                  scaler=scaler.state_dict(), config=asdict(config), dtype=dtype,
                                  fingerprint=meta["fingerprint"], counts=loader.counts.tolist(), lineage=lineage),
                             f"{path}.state.pt")
+
+    def save_model(file, loss):
+        save(file, model, step=step, tokens=step * tokens_per_step, flops=step * flops_per_step, val_loss=loss,
+             tokenizer=meta["tokenizer"], data=config.data, fingerprint=meta["fingerprint"], lineage=lineage)
 
     micro = config.micro_batch_size or config.batch_size // world
     eval_batch_size = max(1, micro * config.block_size // eval_block_size)
@@ -770,9 +809,7 @@ def main(argv):
                     log.write(step=step, tokens=step * tokens_per_step, val_loss=val_loss,
                               bits_per_byte=bits_per_byte, **by_source)
                     if val_loss < best:
-                        save(f"{path}.pt", model, step=step, tokens=step * tokens_per_step, val_loss=val_loss,
-                             tokenizer=meta["tokenizer"], data=config.data, fingerprint=meta["fingerprint"],
-                             lineage=lineage)
+                        save_model(f"{path}.pt", val_loss)
                     log.plot(f"{path}.png")
             if val_loss < best:
                 best, best_step = val_loss, step
@@ -784,7 +821,7 @@ def main(argv):
 
         lr = learning_rate(step, config, max_steps)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
         # dropout, the only draw in a step, depends on (seed, step, rank) alone
         torch.manual_seed(int(np.random.SeedSequence([config.seed, step, rank]).generate_state(1)[0]))
         rows = loader.batch(step, rank, world)
@@ -855,8 +892,7 @@ def main(argv):
             f"{val_loss:.4f}), {path}.avg.pt")
         if master:
             with full_disk_survived(f"{path}.avg.pt"):
-                save(f"{path}.avg.pt", model, step=step, tokens=step * tokens_per_step, val_loss=mean_loss,
-                     tokenizer=meta["tokenizer"], data=config.data, fingerprint=meta["fingerprint"], lineage=lineage)
+                save_model(f"{path}.avg.pt", mean_loss)
     if log and log.wandb:
         log.wandb.finish()
     if distributed:
