@@ -44,7 +44,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model import GPT, ModelError, alibi_slopes, atomic_save, load, load_pickle, save
-from prepare import DataError, Parser, open_bin
+from prepare import DataError, Parser, open_data
 
 NOISE = 0.5         # of E_c, relative to the tensor's own entries
 EXACT = 1e-10       # |difference of logits| in float64 above which a growth that should be exact is not
@@ -365,15 +365,20 @@ def source_optimizer(args, source):
 
 
 def open_tokens(args, meta, vocab_size):
-    """(path, tokens) of the val.bin to measure on, or (None, None) where there is none. Raises GrowError, DataError."""
+    """(data set, its tokens for validation) to measure on, or (None, None) where the source's own is not here.
+    Raises GrowError, DataError."""
     data = args.data or meta.get("data")
-    if not data or not (args.data or os.path.exists(os.path.join(data, "val.bin"))):
+    try:
+        bins, bin_meta = open_data(data, "val", vocab_size) if data else ({}, {})
+    except DataError as e:
+        if args.data or "no such bin" not in str(e):
+            raise
+        bins = {}
+    if not bins:
         return None, None
-    path = os.path.join(data, "val.bin")
-    tokens, bin_meta = open_bin(path, vocab_size)
     if bin_meta["tokenizer"] != meta.get("tokenizer", bin_meta["tokenizer"]):
-        raise GrowError(f"{path}: holds {bin_meta['tokenizer']} tokens, but {args.source} reads {meta['tokenizer']}")
-    return path, tokens
+        raise GrowError(f"{data}: holds {bin_meta['tokenizer']} tokens, but {args.source} reads {meta['tokenizer']}")
+    return ", ".join(bins), np.concatenate([tokens for source in bins.values() for tokens in source])
 
 
 def main(argv):
@@ -387,7 +392,7 @@ def main(argv):
     parser.add_argument("--depth", choices=DEPTH, default=DEPTH[0], help=f"what layers copy (default {DEPTH[0]})")
     parser.add_argument("--noise", type=float, default=NOISE, help=f"what parts the copies (default {NOISE})")
     parser.add_argument("--seed", type=int, default=1337, help="of the noise")
-    parser.add_argument("--data", metavar="DIR", help="folder whose val.bin measures; default: the source's")
+    parser.add_argument("--data", metavar="DIR", help="data to measure on; default: the source's")
     parser.add_argument("--fresh_optimizer", action="store_true", help="leave the optimizer's state behind")
     parser.add_argument("--force", action="store_true", help="overwrite the target")
     args = parser.parse_args(argv)

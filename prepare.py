@@ -1101,19 +1101,19 @@ def shards(folder, side):
     return sorted(name for name in splits if re.fullmatch(rf"{side}(-\d{{5}})?", name)) or [side]
 
 
-def open_data(data, side):
+def open_data(data, side, vocab_size=None):
     """The bins of one side ("train" or "val") of a data set: ({source: its bins}, meta).
 
     data: a folder; several with commas between, which count as one source, "data/part1,data/part2";
     or a dict with such names as keys. meta: tokenizer, vocab_size, and a fingerprint of all bins.
-    Raises DataError.
+    Raises DataError, also for a token at or above vocab_size.
     """
     sources, metas, hashes = {}, {}, []
     for name in data if isinstance(data, dict) else [data]:
         sources[name] = []
         for folder in name.split(","):
             for stem in shards(folder, side):
-                tokens, metas[folder] = open_bin(os.path.join(folder, f"{stem}.bin"))
+                tokens, metas[folder] = open_bin(os.path.join(folder, f"{stem}.bin"), vocab_size)
                 sources[name].append(tokens)
                 hashes.append(metas[folder]["splits"][stem]["sha256"])
     (first, meta), *others = metas.items()
