@@ -214,13 +214,21 @@ def read_file(path):
 
 @contextmanager
 def open_maybe_gz(path):
-    """with open_maybe_gz(path) as f: the file's bytes, decompressed. Raises DataError."""
-    opener = gzip.open if str(path).endswith(".gz") else open
+    """with open_maybe_gz(path) as f: the file's bytes, decompressed (.gz, .zst). Raises DataError."""
+    kind, opener, broken = "", open, ()
+    if str(path).endswith(".gz"):
+        kind, opener, broken = "gzip", gzip.open, (EOFError, gzip.BadGzipFile, zlib.error)
+    elif str(path).endswith(".zst"):
+        try:
+            import zstandard
+        except ImportError:
+            raise DataError(f"{path}: to read .zst install zstandard: pip install zstandard") from None
+        kind, opener, broken = "zstd", zstandard.open, zstandard.ZstdError
     with opener(path, "rb") as f:
         try:
             yield f
-        except (EOFError, gzip.BadGzipFile, zlib.error) as e:
-            raise DataError(f"{path}: not a whole gzip file ({e})") from None
+        except broken as e:
+            raise DataError(f"{path}: not a whole {kind} file ({e})") from None
 
 
 def documents(sources):
