@@ -25,6 +25,7 @@ import json
 import math
 import os
 import pickle
+import sys
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -1122,10 +1123,13 @@ def weights_from_hf(state, config, source):
     return weights
 
 
-def export(model, folder):
-    """Write model as a Hugging Face folder that AutoModelForCausalLM loads. Raises ModelError."""
+def export(model, folder, tokenizer=None):
+    """Write model as a Hugging Face folder that AutoModelForCausalLM loads, and the tokenizer (a
+    tiktoken.Encoding) for AutoTokenizer. Raises ModelError."""
     config = model.config
     hf = config_to_hf(config)
+    if tokenizer:
+        hf |= dict(bos_token_id=tokenizer.eot_token, eos_token_id=tokenizer.eot_token)
     weights = {hf_name(name, config.pos): hf_layout(name, p.detach().float().cpu(), config.pos)
                for name, p in model.state_dict().items()}
     wte = weights["transformer.wte.weight"]
@@ -1134,6 +1138,41 @@ def export(model, folder):
     save_file(weights, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
     with open(os.path.join(folder, "config.json"), "w") as f:
         json.dump(hf, f, indent=2)
+    if tokenizer:
+        for name, values in tokenizer_to_hf(tokenizer).items():
+            with open(os.path.join(folder, name), "w") as f:
+                json.dump(values, f, indent=2)
+
+
+def tokenizer_to_hf(tokenizer):
+    """{file: values} of a Hugging Face tokenizer with the tokens of ours (a tiktoken.Encoding)."""
+    # bytes as GPT-2's files spell them: a character each, none of them blank or a control
+    shown = [b for b in range(256) if 33 <= b <= 126 or 161 <= b <= 172 or 174 <= b]
+    shown += [b for b in range(256) if b not in shown]
+    letters = {b: chr(b if i < 188 else 256 + i - 188) for i, b in enumerate(shown)}
+
+    def spell(token):
+        return "".join(letters[b] for b in token)
+
+    ranks = {tokenizer.decode_single_token_bytes(i): i for i in range(tokenizer.n_vocab) if i != tokenizer.eot_token}
+    merges = []
+    for token in ranks:     # in the order in which they were merged: of two that merge to it, each came before
+        parts = [token[i:i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            i = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], math.inf))
+            parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        if len(parts) == 2:
+            merges.append([spell(part) for part in parts])
+    eot = tokenizer.decode([tokenizer.eot_token])
+    level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=bool(merges))  # GPT-2's regex
+    special = dict(id=tokenizer.eot_token, content=eot, special=True, normalized=False, single_word=False,
+                   lstrip=False, rstrip=False)
+    vocab = {spell(token): i for token, i in ranks.items()} | {eot: tokenizer.eot_token}
+    return {
+        "tokenizer.json": dict(version="1.0", added_tokens=[special], pre_tokenizer=level, decoder=level,
+                               model=dict(type="BPE", vocab=vocab, merges=merges)),
+        "tokenizer_config.json": dict(tokenizer_class="PreTrainedTokenizerFast", bos_token=eot, eos_token=eot,
+                                      unk_token=eot, clean_up_tokenization_spaces=False)}
 
 
 def read_json(path):
@@ -1156,3 +1195,22 @@ def download_openai(name):
             raise ModelError(f"{name}: cannot download {url} ({e}); without a network, put that file "
                              f"at {path}")
     return path
+
+
+def main(argv):
+    parser = Parser("Write a checkpoint as a Hugging Face folder: config, weights and tokenizer.")
+    parser.add_argument("checkpoint", help="a .pt of train.py or grow.py")
+    parser.add_argument("--export", required=True, metavar="DIR", help="the folder, e.g. hf/1.1B")
+    args = parser.parse_args(argv)
+    model, meta = load(args.checkpoint)
+    export(model, args.export, get_tokenizer(meta["tokenizer"]))
+    print(f"{args.export}: {config_to_hf(model.config)['architectures'][0]}, {meta['tokenizer']} tokens; "
+          f'AutoModelForCausalLM.from_pretrained("{args.export}") loads it')
+
+
+if __name__ == "__main__":
+    from prepare import DataError, Parser, get_tokenizer        # as a module this file needs none of the others
+    try:
+        main(sys.argv[1:])
+    except (ModelError, DataError, OSError) as e:
+        sys.exit(f"model.py: {e}")
