@@ -437,7 +437,7 @@ def parse(argv):
         if task not in TEST_SETS:
             raise EvalError(f"--tasks {task}: expected some of {', '.join(TEST_SETS)}, or none")
     if args.audit and not args.tasks:
-        raise EvalError("--audit: looks for the items of --tasks, and there are none")
+        raise EvalError(f"--audit {args.audit}: there are no test items to look for with --tasks none")
     for word in args.bpb:
         if not all(word.partition("=")):
             raise EvalError(f"--bpb {word}: expected NAME=FILE")
@@ -518,7 +518,8 @@ def main(argv):
                     raise EvalError(f"{path}: holds {data['tokenizer']} tokens, but {name} reads {meta['tokenizer']} "
                                     "tokens")
                 counts = score(model, tokens, tokenizer, block_size, batch_size, autocast)
-                tables["own data"].append(who | dict(data=path, tokens=counts["tokens"]) | summary(counts))
+                tables["own data"].append(who | dict(data=path, tokens=counts["tokens"]) |
+                                          {key.replace("_", " "): value for key, value in summary(counts).items()})
             elif not (results or texts):
                 raise EvalError(f"{name}: says nothing of its own data; name a bin with --data")
     finally:            # an error at one checkpoint does not lose the others
