@@ -41,6 +41,13 @@ class EvalError(ValueError):
     """A combination that cannot be evaluated; the message is one line for the user."""
 
 
+def open_checkpoint(name, device):
+    """(model, meta) of a .pt, a Hugging Face folder or one of OpenAI's names. Raises ModelError."""
+    if name in OPENAI or os.path.isdir(name):
+        return GPT.from_pretrained(name).to(device).eval(), {"tokenizer": "gpt2"}
+    return load(name, device)
+
+
 # ---------------------------------------------------------------------------------------------
 # The tasks: what is scored
 
@@ -61,13 +68,6 @@ def hellaswag(item):
         return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
     context = clean(f"{item['activity_label']}: {item['ctx_a']} {item['ctx_b'].capitalize()}")
     return context, [f" {clean(ending)}" for ending in item["endings"]]
-
-
-def open_checkpoint(name, device):
-    """(model, meta) of a .pt, a Hugging Face folder or one of OpenAI's names. Raises ModelError."""
-    if name in OPENAI or os.path.isdir(name):
-        return GPT.from_pretrained(name).to(device).eval(), {"tokenizer": "gpt2"}
-    return load(name, device)
 
 
 REQUESTS = {"lambada": lambada, "piqa": piqa, "hellaswag": hellaswag}
@@ -247,23 +247,28 @@ METRICS = {     # task: metric: the sum of one column over that of another; of n
 
 def run_task(task, items, model, tokenizer, block_size, batch_size, autocast=nullcontext()):
     """What each item got: columns (n,) by the names in METRICS. Raises EvalError."""
-    how = model, tokenizer, block_size, batch_size, autocast, task
+    how = block_size, batch_size, autocast, task
     columns = dict(items=np.ones(len(items)))
-    if task == "wikitext2":         # read as ordinary text, but divided by what the page as published has
+    if task == "wikitext2":         # scored as ordinary text, divided by what the page as published holds
         pages = [item["page"] for item in items]
-        nats, tokens = text_nats(model, tokenizer, [detokenise(page) for page in pages], *how[2:])
-        return columns | dict(nats=nats, tokens=tokens, words=np.array([len(re.split(r"\s+", page)) for page in pages]),
-                              bytes=np.array([len(page.encode()) for page in pages]))
+        nats, tokens = text_nats(model, tokenizer, [detokenise(page) for page in pages], *how)
+        words = np.array([len(re.split(r"\s+", page)) for page in pages])
+        return columns | dict(nats=nats, tokens=tokens, words=words, bytes=count_bytes(pages))
     asked = [REQUESTS[task](item) for item in items]
     requests = [encode_pair(tokenizer, context, choice) for context, choices in asked for choice in choices]
-    logp, greedy = log_likelihoods(model, requests, *how[2:])
+    logp, greedy = log_likelihoods(model, requests, *how)
     if task == "lambada":
         return columns | dict(correct=greedy, nats=-logp)
     logp = np.split(logp, np.cumsum([len(choices) for _, choices in asked])[:-1])       # by items
-    lengths = [np.array([len(choice) - 1 for choice in choices]) for _, choices in asked]   # without the first space
+    characters = [np.array([len(choice) - 1 for choice in choices]) for _, choices in asked]    # but the first space
     gold = np.array([item["label"] for item in items])
-    return columns | dict(correct=np.array([l.argmax() for l in logp]) == gold,
-                          correct_norm=np.array([(l / n).argmax() for l, n in zip(logp, lengths)]) == gold)
+    # of equals argmax takes the first
+    return columns | dict(correct=np.array([x.argmax() for x in logp]) == gold,
+                          correct_norm=np.array([(x / n).argmax() for x, n in zip(logp, characters)]) == gold)
+
+
+def count_bytes(texts):
+    return np.array([len(text.encode("utf-8")) for text in texts])
 
 
 def ratio(x, w):
@@ -280,14 +285,13 @@ def ratio(x, w):
 def scores(task, columns, chosen=slice(None)):
     """{metric: (value, standard error)} of the chosen items, accuracies in percent.
 
-    The error of an exponential is the exponential times the error, where the harness draws bootstrap samples
-    (LAMBADA) or states none (WikiText).
+    A perplexity's error is the perplexity times that of its logarithm, to first order; the harness draws
+    bootstrap samples for LAMBADA's, and states none for WikiText's.
     """
     result = {}
     for metric, (over, under) in METRICS[task].items():
         value, error = ratio(columns[over][chosen], columns[under][chosen])
-        scale = exp(value) if over == "nats" else 100
-        result[metric] = (scale if over == "nats" else scale * value, scale * error)
+        result[metric] = (exp(value), exp(value) * error) if over == "nats" else (100 * value, 100 * error)
     return result
 
 
@@ -400,7 +404,7 @@ def sha256(path):
 def bits_per_byte(texts, model, tokenizer, *how):
     """(bits per byte of the texts, standard error)."""
     nats, _ = text_nats(model, tokenizer, texts, *how)
-    return ratio(nats / math.log(2), np.array([len(text.encode()) for text in texts]))
+    return ratio(nats / math.log(2), count_bytes(texts))
 
 
 def parse(argv):
@@ -524,10 +528,11 @@ def main(argv):
                 raise EvalError(f"{name}: says nothing of its own data; name a bin with --data")
     finally:            # an error at one checkpoint does not lose the others
         if rank == 0 and any(tables.values()):
-            print(report(tables, {task: len(items[task]) for task in items}, leaks))
+            n_items = {task: len(items[task]) for task in items}
+            print(report(tables, n_items, leaks))
             if args.out:
                 write_json(args.out, dict(
-                    tables=tables, items={task: len(items[task]) for task in items}, dtype=args.dtype, quoted=QUOTED,
+                    tables=tables, items=n_items, dtype=args.dtype, quoted=QUOTED,
                     sha256={file: sha256(file) for file in (*files, *components.values())},
                     leaked=[[*item, excerpt] for item, excerpt in sorted(leaks.items())]))
     if dist.is_initialized():

@@ -75,7 +75,8 @@ def checkpoints(workspace):
     m.save(str(workspace / "out/a.pt"), model, tokenizer="bytes", data="data/tiny", tokens=5_000_000)
     alibi = GPT(GPTConfig(block_size=16, vocab_size=257, n_layer=1, n_head=2, n_embd=16, pos="alibi"))
     m.save(str(workspace / "out/b.pt"), alibi, tokenizer="bytes", data="data/tiny", tokens=1_000_000, flops=2 * 10**15,
-           lineage=[{"from": "out/a.pt", "tokens": 5_000_000, "flops": 5 * 10**15}, {"from": "out/a-init.pt", "tokens": 0}])
+           lineage=[{"from": "out/a.pt", "tokens": 5_000_000, "flops": 5 * 10**15},
+                    {"from": "out/a-init.pt", "tokens": 0}])
     return workspace, hf
 
 
@@ -142,7 +143,7 @@ def test_top_p_keeps_the_fewest_tokens_of_that_probability():
     assert p.tolist() == pytest.approx([5 / 8, 3 / 8], abs=0.04)
 
 
-ITEMS = {       # in the layout of --eval_data; the leak is the third item of LAMBADA and the first page
+ITEMS = {       # in the layout of --eval_data
     "lambada/lambada_test.jsonl": [{"text": f"{n} letters come before x {x}"} for n, x in enumerate("abcdef")] + [
         {"text": "the old man of the sea told a long tale about the very last white whale"}],
     "piqa/valid.jsonl": [dict(goal=f"goal {n}", sol1="cut it", sol2="glue it together") for n in range(5)],
@@ -177,14 +178,15 @@ def nats_of(hf, text, start=0):
 
 def test_the_four_tasks_and_what_else_is_asked(eval_data, run):
     workspace, hf = eval_data
-    (workspace / "x.jsonl").write_text("".join(json.dumps(dict(text=text)) + "\n" for text in ("ab ü", "", "cd", "never")))
-    result = run("eval.py", "--ckpt", "out/a.pt", "--eval_data", "sets", "--out", "scores.json", "--bpb", "my x=x.jsonl",
-                 "--max_docs", 2, cwd=workspace)
+    texts = "ab ü", "", "cd", "never"
+    (workspace / "x.jsonl").write_text("".join(json.dumps(dict(text=text)) + "\n" for text in texts))
+    result = run("eval.py", "--ckpt", "out/a.pt", "--eval_data", "sets", "--out", "scores.json",
+                 "--bpb", "my x=x.jsonl", "--max_docs", 2, cwd=workspace)
     assert result.returncode == 0, result.stderr
     report = json.loads((workspace / "scores.json").read_text())
     assert report["items"] == dict(lambada=7, piqa=5, hellaswag=6, wikitext2=2)
     (row,) = report["tables"]["tasks"]
-    # PIQA is read right to left from what the harness's definition says: context, a space, the solution
+    # PIQA by hand, with Hugging Face's logits
     gains = [[-nats_of(hf, f"Question: goal {n}\nAnswer: {sol}", len(f"Question: goal {n}\nAnswer:"))
               for sol in ("cut it", "glue it together")] for n in range(5)]
     labels = np.array([0, 1, 1, 0, 1])
@@ -208,8 +210,8 @@ def test_processes_share_the_items(eval_data, run):
     workspace, _ = eval_data
     command = [str(m.__file__).replace("model.py", "eval.py"), "--ckpt", "out/a.pt", "--eval_data", "sets"]
     one = run("eval.py", *command[1:], "--out", "one.json", cwd=workspace)
-    two = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", *command, "--out", "two.json"],
-                         cwd=workspace, capture_output=True, text=True, timeout=300)
+    two = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", *command,
+                          "--out", "two.json"], cwd=workspace, capture_output=True, text=True, timeout=300)
     assert (one.returncode, two.returncode) == (0, 0), two.stderr
     one, two = (json.loads((workspace / name).read_text())["tables"] for name in ("one.json", "two.json"))
     for table in ("tasks", "own data"):

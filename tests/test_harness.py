@@ -40,12 +40,14 @@ EDGE = {
         ("boil an egg", "in water", "in water", 0), ("boil an egg", "in water", "in water", 1),
         ("boil an egg ", "in water  ", "in water", 1), ("", " ", "nothing", 0), ("g\n", "\ta", "b\n", 1),
         ("very long " * 60, "yes", "no, " * 25, 1), ("how", "x", "x" * 99, 0))],
-    "hellaswag": [dict(activity_label=label, ctx_a=a, ctx_b=b, endings=endings, label=gold) for label, a, b, endings, gold in (
+    "hellaswag": [dict(activity_label=activity, ctx_a=a, ctx_b=b, endings=endings, label=label)
+                  for activity, a, b, endings, label in (
         ("Making tea", "[header] How to make tea [title] Boil water [step] Take  a kettle.", "THE kettle",
          ["boils [substeps] loudly.", "is  blue   today", " sings ", "is. [title] Done"], 0),
         ("", "", "", ["one", "one", "one", "one"], 2), ("Long", "word " * 150, "", ["a", "b", "c", "d"], 3))],
     "wikitext2": [dict(page=page) for page in (
-        "", " = A = \n", " = Page = \n \n The cat 's hat , 1 @,@ 000 @-@ fold ( so ) \" it \" is . \n = = Part = = \n",
+        "", " = A = \n",
+        " = Page = \n \n The cat 's hat , 1 @,@ 000 @-@ fold ( so ) \" it \" is . \n = = Part = = \n",
         "word " * BLOCK_SIZE, "word " * (BLOCK_SIZE + 1), "word " * (2 * BLOCK_SIZE), "word " * (2 * BLOCK_SIZE + 5))],
 }
 
@@ -96,12 +98,13 @@ def harness(lm, items, tmp_path):
             dataset_kwargs=dict(data_files={split: str(tmp_path / f"{task}.jsonl")}, cache_dir=str(tmp_path / "cache")),
             **{f"{other}_split": split if other == split else None for other in ("training", "validation", "test")})))
     found = lm_eval.simple_evaluate(model=lm, tasks=list(map(str, tasks)), bootstrap_iters=0)
-    return {task: (found["results"][Path(name).stem], sorted(found["samples"][Path(name).stem], key=lambda s: s["doc_id"]))
-            for task, name in THEIRS.items() if task in items}
+    names = {task: Path(THEIRS[task]).stem for task in items}
+    return {task: (found["results"][name], sorted(found["samples"][name], key=lambda s: s["doc_id"]))
+            for task, name in names.items()}
 
 
-def hflm(folder, block_size, logits_cache=False):
-    return HFLM(pretrained=folder, dtype="float32", device="cpu", batch_size=8, max_length=block_size,
+def hflm(folder, block_size, logits_cache=False, batch_size=8):
+    return HFLM(pretrained=folder, dtype="float32", device="cpu", batch_size=batch_size, max_length=block_size,
                 logits_cache=logits_cache)
 
 
