@@ -224,9 +224,9 @@ def summary(counts):
     """Loss in nats per token, perplexity, word-adjusted perplexity (total loss over words,
     exponentiated) and bits per byte of what score returns."""
     nats = counts["nats"]
-    return dict(loss=nats / counts["tokens"], perplexity=exp(nats / counts["tokens"]),
-                word_perplexity=exp(nats / max(1, counts["words"])),
-                bits_per_byte=nats / math.log(2) / max(1, counts["bytes"]))
+    return {"loss": nats / counts["tokens"], "perplexity": exp(nats / counts["tokens"]),
+            "word perplexity": exp(nats / max(1, counts["words"])),
+            "bits per byte": nats / math.log(2) / max(1, counts["bytes"])}
 
 
 def exp(x):
@@ -345,14 +345,14 @@ def audit(data, tasks, folder):
 # ---------------------------------------------------------------------------------------------
 # The tables
 
-QUOTED = {      # what has been published of OpenAI's models; none of it is measured here
-    "GPT-2 large": {"lambada acc": 47.6, "lambada perplexity": 12.97, "piqa acc": 70.3, "hellaswag acc": 36.40,
-                    "Pile CC": 0.9582, "OpenWebText2": 0.9539, "Wikipedia": 0.9795, "ArXiv": 1.1778,
-                    "BookCorpus2": 1.0061},
-    "GPT-2 XL": {"lambada acc": 51.21, "lambada perplexity": 10.63, "piqa acc": 70.78, "hellaswag acc": 40.03,
-                 "Pile CC": 0.9355, "OpenWebText2": 0.9171, "Wikipedia": 0.9655, "ArXiv": 1.1381,
-                 "BookCorpus2": 0.9783},
-}
+QUOTED = [      # what has been published of OpenAI's models; none of it is measured here
+    {"checkpoint": "GPT-2 large (quoted)", "lambada acc": 47.6, "lambada perplexity": 12.97, "piqa acc": 70.3,
+     "hellaswag acc": 36.40, "Pile CC": 0.9582, "OpenWebText2": 0.9539, "Wikipedia": 0.9795, "ArXiv": 1.1778,
+     "BookCorpus2": 1.0061},
+    {"checkpoint": "GPT-2 XL (quoted)", "lambada acc": 51.21, "lambada perplexity": 10.63, "piqa acc": 70.78,
+     "hellaswag acc": 40.03, "Pile CC": 0.9355, "OpenWebText2": 0.9171, "Wikipedia": 0.9655, "ArXiv": 1.1381,
+     "BookCorpus2": 0.9783},
+]
 
 
 def markdown(rows):
@@ -373,18 +373,13 @@ def cell(value):
 def report(tables, items, leaks):
     """What was measured, and beside it what has been published, as Markdown."""
     text = []
-    for name, rows in tables.items():
-        if name == "tasks" and rows:
-            text.append("Zero-shot, with standard errors. Items: " +
-                        ", ".join(f"{task} {n:,}" for task, n in items.items()) + "\n")
-        quoted = [{"checkpoint": f"{model} (quoted)"} | values for model, values in QUOTED.items()]
-        if rows:
-            text.append(markdown(rows + [row for row in quoted if row.keys() & rows[0].keys() > {"checkpoint"}]))
-        if name == "leaks" and rows:
-            for task in items:
-                found = [(number, excerpt) for (of, number), excerpt in sorted(leaks.items()) if of == task]
-                text += [f"{task}, item {number}: ... {' '.join(excerpt.split())} ..." for number, excerpt in found[:3]]
-            text.append("")
+    for rows in filter(None, tables.values()):
+        text.append(markdown(rows + [row for row in QUOTED if row.keys() & rows[0].keys() > {"checkpoint"}]))
+    if items:
+        text.append("zero-shot, ± standard error; items: " + ", ".join(f"{task} {n:,}" for task, n in items.items()))
+    for task in items:
+        found = [(number, excerpt) for (of, number), excerpt in sorted(leaks.items()) if of == task]
+        text += [f"leaked, {task} {number}: ... {' '.join(excerpt.split())} ..." for number, excerpt in found[:3]]
     return "\n".join(text)
 
 
@@ -399,6 +394,16 @@ def write_json(path, values):
 def sha256(path):
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def leak_rows(name, task, columns, leaks):
+    """A row for each metric of a task: on all items, on those that are clean and on those that are not."""
+    dirty = np.array([(task, number) in leaks for number in range(len(columns["items"]))])
+    parts = {"all": dirty | True, "clean": ~dirty, "dirty": dirty}
+    values = {part: scores(task, columns, chosen) for part, chosen in parts.items()}
+    counts = {f"{part} items": int(chosen.sum()) for part, chosen in parts.items()}
+    return [{"checkpoint": name, "score": f"{task} {metric}", **counts,
+             **{part: values[part][metric] for part in parts}} for metric in METRICS[task]]
 
 
 def bits_per_byte(texts, model, tokenizer, *how):
@@ -504,28 +509,23 @@ def main(argv):
             if results:
                 tables["tasks"].append(who | {f"{task} {metric}": value for task, columns in results.items()
                                               for metric, value in scores(task, columns).items()})
-            for task, columns in results.items() if args.audit else ():
-                dirty = np.array([(task, number) in leaks for number in range(len(items[task]))])
-                parts = dict(all=dirty | True, clean=~dirty, dirty=dirty)
-                counts = {f"{part} items": int(chosen.sum()) for part, chosen in parts.items()}
-                parts = {part: scores(task, columns, chosen) for part, chosen in parts.items()}
-                tables["leaks"] += [{"checkpoint": name, "score": f"{task} {metric}", **counts,
-                                     **{part: values[metric] for part, values in parts.items()}}
-                                    for metric in METRICS[task]]
+            if args.audit:
+                tables["leaks"] += [row for task in results for row in leak_rows(name, task, results[task], leaks)]
             if texts:
                 tables["bits per byte"].append(who | {part: bits_per_byte(documents, *how, part)
                                                       for part, documents in texts.items()})
             path = args.data or "data" in meta and os.path.join(meta["data"], "val.bin")
-            if path and (args.data or not (results or texts) or os.path.exists(path)):
+            if path and (args.data or os.path.exists(path) or not (results or texts)):
                 tokens, data = open_bin(path, model.config.vocab_size)
                 if data["tokenizer"] != meta["tokenizer"]:
                     raise EvalError(f"{path}: holds {data['tokenizer']} tokens, but {name} reads {meta['tokenizer']} "
                                     "tokens")
                 counts = score(model, tokens, tokenizer, block_size, batch_size, autocast)
-                tables["own data"].append(who | dict(data=path, tokens=counts["tokens"]) |
-                                          {key.replace("_", " "): value for key, value in summary(counts).items()})
+                tables["own data"].append(who | dict(data=path, tokens=counts["tokens"]) | summary(counts))
             elif not (results or texts):
                 raise EvalError(f"{name}: says nothing of its own data; name a bin with --data")
+            elif rank == 0:
+                print(f"{name}: its own data ({path or 'none named'}) is not here; --data names another bin")
     finally:            # an error at one checkpoint does not lose the others
         if rank == 0 and any(tables.values()):
             n_items = {task: len(items[task]) for task in items}

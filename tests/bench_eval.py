@@ -68,7 +68,8 @@ def main():
             else:
                 found = [np.ravel(s["filtered_resps"][0])[0] for s in samples]      # (log-likelihood, greedy), or one
                 gap = f"{np.abs(found + columns['nats']).max():.1e} nats"
-            print(f"| {task} | {len(items)} | {theirs[0]:.1f} | {ours:.1f} | {theirs[0] / ours:.1f} | {gap} |", flush=True)
+            print(f"| {task} | {len(items)} | {theirs[0]:.1f} | {ours:.1f} | {theirs[0] / ours:.1f} | {gap} |",
+                  flush=True)
         print(f"| together | | {together[0]:.1f} | {together[1]:.1f} | {together[0] / together[1]:.1f} | |")
 
 

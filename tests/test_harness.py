@@ -35,7 +35,8 @@ BLOCK_SIZE = 96
 EDGE = {
     "lambada": [{"text": text} for text in (
         "word", " word", "a text that ends in a space ", "two  spaces  before  it", "a new line\nand more", "x \n y",
-        "quote “said he” — naïve café 🎉", "word word word word word word", "one " * 400 + "end", "three\n\n \tblanks")],
+        "quote “said he” — naïve café 🎉", "word word word word word word", "one " * 400 + "end",
+        "three\n\n \tblanks")],
     "piqa": [dict(goal=goal, sol1=sol1, sol2=sol2, label=label) for goal, sol1, sol2, label in (
         ("boil an egg", "in water", "in water", 0), ("boil an egg", "in water", "in water", 1),
         ("boil an egg ", "in water  ", "in water", 1), ("", " ", "nothing", 0), ("g\n", "\ta", "b\n", 1),
