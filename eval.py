@@ -16,7 +16,6 @@ them one by one. Two known differences: with its logits cache on (the default) t
 request wrongly where another one's context is this one's with some of its continuation; and it reads a
 literal <|endoftext|> in a text as the token, here it is text.
 """
-import hashlib
 import json
 import math
 import os
@@ -24,7 +23,6 @@ import re
 import sys
 from contextlib import nullcontext
 from itertools import groupby, islice
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -33,8 +31,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from model import OPENAI, GPT, ModelError, load
-from prepare import (TEST_SETS, DataError, Parser, count_words, detokenise, get_tokenizer, open_bin, read_file,
-                     test_files, test_grams, test_items, token_bytes)
+from prepare import (TEST_SETS, DataError, Parser, count_words, detokenise, get_tokenizer, open_bin, open_data,
+                     sha256_of, test_files, test_grams, test_items, texts, token_bytes)
 
 
 class EvalError(ValueError):
@@ -296,15 +294,12 @@ def scores(task, columns, chosen=slice(None)):
 
 
 def text_documents(path):
-    """The documents of a .jsonl (also .gz, .zst) or .bin file as texts. Raises DataError."""
-    if path.endswith(".bin"):
-        tokens, meta = open_bin(path)
-        tokenizer = get_tokenizer(meta["tokenizer"])
-        yield from (tokenizer.decode(document.tolist()) for document in bin_documents(tokens, tokenizer.eot_token))
-    elif ".jsonl" in path:
-        yield from (text for _, text in read_file(Path(path)))
-    else:
-        raise DataError(f"{path}: expected a name that ends in .jsonl, .jsonl.gz, .jsonl.zst or .bin")
+    """The documents of a bin, or of any file that prepare.py reads, as texts. Raises DataError."""
+    if not path.endswith(".bin"):
+        return texts(path)
+    tokens, meta = open_bin(path)
+    tokenizer = get_tokenizer(meta["tokenizer"])
+    return (tokenizer.decode(document.tolist()) for document in bin_documents(tokens, tokenizer.eot_token))
 
 
 def bin_documents(tokens, eot, size=2**22, overlap=256):
@@ -324,21 +319,21 @@ def bin_documents(tokens, eot, size=2**22, overlap=256):
 
 
 def audit(data, tasks, folder):
-    """{(task, number of the item): an excerpt} of the test items that share a 13-gram with data/train.bin.
+    """{(task, number of the item): an excerpt} of the test items that share a 13-gram with the training bins of data.
 
     Holds the test items in memory, and the documents one at a time. Raises DataError.
     """
-    path = os.path.join(data, "train.bin")
-    grams, found = test_grams(tasks, folder), {}
-    tokens, meta = open_bin(path)
+    sources, meta = open_data(data, "train")
     tokenizer = get_tokenizer(meta["tokenizer"])
-    with tqdm(total=len(tokens), desc=f"auditing {path}", unit="tok", unit_scale=True, leave=False) as bar:
-        for document in bin_documents(tokens, tokenizer.eot_token):
-            text = tokenizer.decode(document.tolist())
-            for start, end, gram in grams.find(text):
-                for item in grams.grams[gram]:
-                    found.setdefault(item, text[max(0, start - 40):end + 40])
-            bar.update(len(document))
+    grams, found = test_grams(tasks, folder), {}
+    for tokens in sum(sources.values(), []):
+        with tqdm(total=len(tokens), desc=f"auditing {data}", unit="tok", unit_scale=True, leave=False) as bar:
+            for document in bin_documents(tokens, tokenizer.eot_token):
+                text = tokenizer.decode(document.tolist())
+                for start, end, gram in grams.find(text):
+                    for item in grams.grams[gram]:
+                        found.setdefault(item, text[max(0, start - 40):end + 40])
+                bar.update(len(document))
     return found
 
 
@@ -389,11 +384,6 @@ def write_json(path, values):
     with open(f"{path}.tmp", "w") as f:
         json.dump(values, f, indent=1)
     os.replace(f"{path}.tmp", path)
-
-
-def sha256(path):
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def leak_rows(name, task, columns, leaks):
@@ -476,7 +466,7 @@ def main(argv):
         raise EvalError(f"{e}; --tasks none does without test sets") from None
     items = {task: list(islice(test_items(task, args.eval_data), args.limit)) for task in args.tasks}
     components = dict(word.split("=", 1) for word in args.bpb)
-    texts = {name: list(islice(filter(None, text_documents(file)), args.max_docs)) for name, file in components.items()}
+    samples = {name: list(islice(text_documents(file), args.max_docs)) for name, file in components.items()}
     leaks = audit(args.audit, args.tasks, args.eval_data) if args.audit else {}
 
     tables = {"tasks": [], "leaks": [], "bits per byte": [], "own data": []}
@@ -511,18 +501,18 @@ def main(argv):
                                               for metric, value in scores(task, columns).items()})
             if args.audit:
                 tables["leaks"] += [row for task in results for row in leak_rows(name, task, results[task], leaks)]
-            if texts:
+            if samples:
                 tables["bits per byte"].append(who | {part: bits_per_byte(documents, *how, part)
-                                                      for part, documents in texts.items()})
+                                                      for part, documents in samples.items()})
             path = args.data or "data" in meta and os.path.join(meta["data"], "val.bin")
-            if path and (args.data or os.path.exists(path) or not (results or texts)):
+            if path and (args.data or os.path.exists(path) or not (results or samples)):
                 tokens, data = open_bin(path, model.config.vocab_size)
                 if data["tokenizer"] != meta["tokenizer"]:
                     raise EvalError(f"{path}: holds {data['tokenizer']} tokens, but {name} reads {meta['tokenizer']} "
                                     "tokens")
                 counts = score(model, tokens, tokenizer, block_size, batch_size, autocast)
                 tables["own data"].append(who | dict(data=path, tokens=counts["tokens"]) | summary(counts))
-            elif not (results or texts):
+            elif not (results or samples):
                 raise EvalError(f"{name}: says nothing of its own data; name a bin with --data")
             elif rank == 0:
                 print(f"{name}: its own data ({path or 'none named'}) is not here; --data names another bin")
@@ -533,7 +523,7 @@ def main(argv):
             if args.out:
                 write_json(args.out, dict(
                     tables=tables, items=n_items, dtype=args.dtype, quoted=QUOTED,
-                    sha256={file: sha256(file) for file in (*files, *components.values())},
+                    sha256={file: sha256_of(file) for file in (*files, *components.values())},
                     leaked=[[*item, excerpt] for item, excerpt in sorted(leaks.items())]))
     if dist.is_initialized():
         dist.barrier()

@@ -1,31 +1,45 @@
 """Text to token bins that train.py reads.
 
     python prepare.py python --out data/python --tokenizer bytes
-    python prepare.py wikitext-2 --out data/wikitext-2
-    python prepare.py notes.txt dump.jsonl.gz folder/ --out data/mine
+    python prepare.py notes.txt dump.jsonl.gz folder/ 'more/*.parquet' --out data/mine
+    python prepare.py openwebtext pg19 --decontaminate=lambada,hellaswag --out data/corpus
+    python prepare.py --list                                            the corpora that have a name
 
-A source is a name from SOURCES below, a file (.txt: one document; .jsonl: one document a line, in
-its field "text"; either also .gz), or a folder, searched for such files.
+A source is a name, a file, a folder or a pattern of files, or - for standard input. A .txt is one
+document; a .jsonl is one a line, in its field "text" (or --field), and so is standard input where
+it begins with a brace; a .parquet is one a row. The first two also as .gz, .xz, .bz2 or .zst.
 
 Writes OUT/train.bin and OUT/val.bin: the documents' tokens, each document followed by
 <|endoftext|>, as headerless little-endian uint16 (nanoGPT's format, readable by either project),
-and OUT/meta.json: tokenizer, counts, sha256 of each bin, sources and options.
+and OUT/meta.json: tokenizer, counts, sha256 of each bin, sources, options, and what was left out.
+Documents that repeat an earlier one, or nearly, are left out; a run that was stopped goes on with
+--resume. Neither the number of workers nor a kill changes a byte.
 """
 import argparse
+import bz2
 import difflib
+import glob
 import gzip
 import hashlib
 import io
 import json
+import lzma
 import os
 import re
+import shutil
+import signal
 import sys
 import sysconfig
 import tempfile
 import urllib.request
 import zipfile
 import zlib
+from collections import Counter, deque
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from fnmatch import fnmatch
+from functools import lru_cache
 from itertools import chain, islice
 from pathlib import Path
 
@@ -35,7 +49,10 @@ from tqdm import tqdm
 
 EOT = "<|endoftext|>"
 DOWNLOADS = Path("data/raw")
-SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz")
+FORMATS = re.compile(r"\.(txt|jsonl)(\.(gz|xz|bz2|zst))?$|\.parquet$")
+PIECE = 2**24           # bytes of a longer document are handled so many at a time
+BATCH = 2**20           # bytes of text that a worker takes at once
+COMMIT = 2**26          # bytes of text after which what is done is safe from a kill
 
 
 class DataError(ValueError):
@@ -86,16 +103,34 @@ def count_words(tokens, tokenizer):
 
 
 # ---------------------------------------------------------------------------------------------
-# Sources: each yields (split, text), split "train" or "val" where the source has its own, else None
+# Sources. A record is (side, data, first, (path, line, offset)). side: "train" or "val" where the source
+# has its own, else None. data: a text, or bytes: of a .txt, or, where there is a line, of JSON. first:
+# whether a document begins here, for a .txt of more than PIECE bytes comes in pieces.
+
+
+def python_files(root):
+    """The .py files under root, tests left out."""
+    skip = {"test", "tests", "idle_test", "__pycache__"}
+    for path in sorted(root.rglob("*.py")):
+        if not skip & set(path.relative_to(root).parts):
+            yield path
 
 
 def standard_library():
-    """The running interpreter's standard library, a module a document, tests left out."""
+    """The running interpreter's standard library."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    skip = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-    for path in sorted(root.rglob("*.py")):
-        if not skip & set(path.relative_to(root).parts):
+    for path in python_files(root):
+        if not {"site-packages", "dist-packages"} & set(path.relative_to(root).parts):
             yield None, read_text(path)
+
+
+def packages():
+    """The Python packages installed beside the running interpreter."""
+    for path in python_files(Path(sysconfig.get_paths()["purelib"])):
+        try:
+            yield None, path.read_bytes().decode()
+        except UnicodeDecodeError:      # a few packages ship files in older encodings
+            pass
 
 
 def shakespeare():
@@ -106,16 +141,29 @@ def shakespeare():
     yield "val", text[cut:]
 
 
+def articles(text):
+    """WikiText's articles; the text before the first heading belongs to the first."""
+    before, first, *others = re.split(r"(?m)^(?= = [^=\n]+ = $)", text)
+    return [before + first, *others]
+
+
 def wikitext2():
     """WikiText-2 (Merity et al. 2016), the word-tokenised release, an article a document."""
-    for split, file in (("train", "train.txt"), ("val", "valid.txt")):
-        text = read_text(download("wikitext-2", file))
-        before, first, *others = re.split(r"(?m)^(?= = [^=\n]+ = $)", text)
-        for article in (before + first, *others):       # the file begins with an empty line
-            yield split, article
+    for side, file in (("train", "train.txt"), ("val", "valid.txt")):
+        for article in articles(read_text(download("wikitext-2", file))):
+            yield side, article
 
 
-SOURCES = {"python": standard_library, "shakespeare": shakespeare, "wikitext-2": wikitext2}
+def wikitext103():
+    """WikiText-103 (Merity et al. 2016), the raw release, an article a document."""
+    for side, pattern in (("train", "train-*"), ("val", "validation-*")):
+        lines = (row for path in download_hub("wikitext-103", pattern) for row in read_parquet(path, path, "text"))
+        for article in articles("".join(lines)):
+            yield side, article
+
+
+SOURCES = {"python": standard_library, "packages": packages, "shakespeare": shakespeare, "wikitext-2": wikitext2,
+           "wikitext-103": wikitext103}
 
 FILES = {       # source: address, and git's own hash of each file there
     "shakespeare": ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare", {
@@ -123,6 +171,14 @@ FILES = {       # source: address, and git's own hash of each file there
     "wikitext-2": ("https://raw.githubusercontent.com/pytorch/examples/main/word_language_model/data/wikitext-2", {
         "train.txt": "2d84b35af79e411d73ea7cae83c73964c6ac83b4",
         "valid.txt": "eec944eb2d9e46061cd34a6913528797db6842fc"}),
+}
+
+HUB = {         # source: repository on huggingface.co, revision, files; their sizes and sha256 the hub itself tells
+    "wikitext-103": ("Salesforce/wikitext", "main", "wikitext-103-raw-v1/*.parquet"),
+    "openwebtext": ("Skylion007/openwebtext", "refs/convert/parquet", "plain_text/train/*.parquet"),
+    "fineweb-edu-10B": ("HuggingFaceFW/fineweb-edu", "main", "sample/10BT/*.parquet"),
+    "pg19": ("emozilla/pg19", "main", "data/train-*.parquet"),
+    "pile": ("monology/pile-uncopyrighted", "main", "train/*.jsonl.zst"),
 }
 
 
@@ -138,6 +194,41 @@ def download(source, file):
                         f"put it at {path} yourself")
     write_whole(path, data)
     return path
+
+
+def download_hub(source, pattern="*"):
+    """Paths of a corpus of the hub under data/raw, sorted: those there, if any, else downloaded, going on
+    where a download stopped, and checked. Raises DataError."""
+    repository, revision, files = HUB[source]
+    folder, done = DOWNLOADS / source, DOWNLOADS / source / "complete"
+    if not folder.exists() or (folder / ".cache").exists() and not done.exists():
+        try:
+            from huggingface_hub import HfApi, hf_hub_download
+        except ImportError:
+            raise DataError(f"{source}: pip install huggingface_hub to download it, or put {files} of "
+                            f"https://huggingface.co/datasets/{repository} into {folder}") from None
+        place = dict(repo_id=repository, repo_type="dataset", revision=revision)
+        try:
+            entries = [entry for entry in HfApi().list_repo_tree(**place, path_in_repo=os.path.dirname(files))
+                       if fnmatch(entry.path, files)]
+            paths = [Path(hf_hub_download(**place, filename=entry.path, local_dir=folder)) for entry in entries]
+        except Exception as e:          # of whichever network library it has this year
+            raise DataError(f"cannot download {source} ({str(e).splitlines()[0]}); without a network, put {files} of "
+                            f"https://huggingface.co/datasets/{repository} into {folder}") from None
+        for path, entry in zip(tqdm(paths, desc="checking", unit="file"), entries):
+            if entry.lfs and sha256_of(path) != entry.lfs.sha256:
+                path.unlink()
+                raise DataError(f"{path}: not the file that {repository} lists; run the same command again")
+        done.touch()
+    found = sorted(path for path in folder.rglob(pattern) if FORMATS.search(path.name))
+    if not found:
+        raise DataError(f"{folder}: none of the files {files} is here; delete the folder and run again")
+    return found
+
+
+def sha256_of(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def fetch(url, path):
@@ -156,25 +247,70 @@ def fetch(url, path):
 
 
 def write_whole(path, data):
+    """Write a file (a text or bytes) so that a kill leaves the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(path.name + ".tmp")
-    tmp.write_bytes(data)
+    with open(tmp, "wb") as f:
+        f.write(data.encode() if isinstance(data, str) else data)
+        f.flush()
+        os.fsync(f.fileno())
     os.replace(tmp, path)
 
 
 def local_files(source):
-    """The .txt and .jsonl files (also .gz) that a path stands for, sorted. Raises DataError."""
+    """The files that a path or a pattern stands for, sorted. Raises DataError."""
     path = Path(source)
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.name.endswith(SUFFIXES))
-        if not files:
-            raise DataError(f"{source}: no {', '.join(SUFFIXES)} file in this folder")
-        return files
-    if not path.exists():
-        raise DataError(f"{source}: neither a file, a folder nor one of {', '.join(SOURCES)}")
-    if not path.name.endswith(SUFFIXES):
-        raise DataError(f"{source}: expected a name that ends in {', '.join(SUFFIXES)}")
-    return [path]
+    if glob.has_magic(source):
+        files = [Path(name) for name in sorted(glob.glob(source, recursive=True)) if FORMATS.search(name)]
+    else:
+        files = sorted(p for p in path.rglob("*") if FORMATS.search(p.name)) if path.is_dir() else [path]
+    if not files:
+        raise DataError(f"{source}: no .txt, .jsonl or .parquet file there")
+    if not path.exists() and files == [path]:
+        near = difflib.get_close_matches(source, [*SOURCES, *HUB], n=1)
+        raise DataError(f"{source}: neither a file, a folder nor a corpus of --list"
+                        + (f", did you mean {near[0]}?" if near else ""))
+    if not FORMATS.search(files[0].name):
+        raise DataError(f"{source}: expected a name that ends in .txt, .jsonl (or these with .gz, .xz, .bz2, .zst) "
+                        "or .parquet")
+    return files
+
+
+class Counted(io.FileIO):
+    """A file whose reading moves a progress bar."""
+
+    def __init__(self, path, bar):
+        super().__init__(path)
+        self.bar = bar
+
+    def readinto(self, buffer):
+        n = super().readinto(buffer)
+        self.bar.update(n)
+        return n
+
+
+@contextmanager
+def open_file(path, bar=None):
+    """with open_file(path) as f: the file's bytes, decompressed. Raises DataError."""
+    suffix = Path(path).suffix
+    opener = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}.get(suffix)
+    damaged = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError)
+    if suffix == ".bz2":
+        damaged += (OSError,)           # bz2 has no error of its own
+    if suffix == ".zst":
+        try:
+            from compression import zstd        # Python 3.14
+        except ImportError:
+            try:
+                from backports import zstd
+            except ImportError:
+                raise DataError(f"{path}: pip install backports.zstd to read it") from None
+        opener, damaged = zstd.open, (*damaged, zstd.ZstdError)
+    with io.BufferedReader(Counted(path, bar)) if bar is not None else open(path, "rb") as raw:
+        try:
+            yield opener(raw) if opener else raw
+        except damaged as e:
+            raise DataError(f"{path}: not a whole {suffix[1:]} file ({e})") from None
 
 
 def decode(data, path, offset=0):
@@ -182,62 +318,77 @@ def decode(data, path, offset=0):
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as e:
-        raise DataError(f"{path}: not UTF-8 at byte {offset + e.start} "
-                        f"(0x{data[e.start]:02x}); convert the file, e.g. with iconv") from None
+        raise DataError(f"{path}: not UTF-8 at byte {offset + e.start} (0x{data[e.start]:02x}); convert the file, "
+                        "e.g. with iconv, or pass --errors=replace") from None
 
 
 def read_text(path):
-    with open_maybe_gz(path) as f:
+    with open_file(path) as f:
         return decode(f.read(), path)
 
 
-def read_file(path):
-    """The documents of one local file."""
-    if ".jsonl" not in path.suffixes:
-        yield None, read_text(path)
-        return
-    offset = 0
-    with open_maybe_gz(path) as f:
-        for number, line in enumerate(f, 1):
-            text = decode(line, path, offset)
-            offset += len(line)
-            if not text.strip():
-                continue
-            try:
-                document = json.loads(text)["text"]
-                document.encode("utf-8")        # JSON can spell half a surrogate pair, UTF-8 cannot
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise DataError(f'{path}, line {number}: expected a JSON object with valid Unicode '
-                                'text in "text"') from None
-            yield None, document
+SAFE = re.compile(rb"(?s:.*)[0-9A-Za-z](?=[ \n])")
 
 
-@contextmanager
-def open_maybe_gz(path):
-    """with open_maybe_gz(path) as f: the file's bytes, decompressed (.gz, .zst). Raises DataError."""
-    kind, opener, broken = "", open, ()
-    if str(path).endswith(".gz"):
-        kind, opener, broken = "gzip", gzip.open, (EOFError, gzip.BadGzipFile, zlib.error)
-    elif str(path).endswith(".zst"):
-        try:
-            import zstandard
-        except ImportError:
-            raise DataError(f"{path}: to read .zst install zstandard: pip install zstandard") from None
-        kind, opener, broken = "zstd", zstandard.open, zstandard.ZstdError
-    with opener(path, "rb") as f:
-        try:
-            yield f
-        except broken as e:
-            raise DataError(f"{path}: not a whole {kind} file ({e})") from None
-
-
-def documents(sources):
-    for source in sources:
-        if source in SOURCES:
-            yield from SOURCES[source]()
+def pieces(f):
+    """The bytes of f, PIECE or so at a time, cut after a letter or digit before a space or line end, where
+    GPT-2's tokens always end. (Where there is no such place, before a character.)"""
+    data = f.read(PIECE)
+    while more := f.read(PIECE):
+        if safe := SAFE.match(data):
+            cut = safe.end()
         else:
-            for path in local_files(source):
-                yield from read_file(path)
+            cut = len(data) - 1
+            while cut and data[cut] & 0xC0 == 0x80:     # in the middle of a character
+                cut -= 1
+        yield data[:cut]
+        data = data[cut:] + more
+    yield data
+
+
+def read_parquet(f, path, field):
+    """The rows of one column. Raises DataError."""
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise DataError(f"{path}: pip install pyarrow to read it") from None
+    try:
+        for batch in parquet.ParquetFile(f).iter_batches(1024, columns=[field]):
+            yield from batch.column(field).to_pylist()
+    except (pyarrow.ArrowException, KeyError, OSError) as e:
+        raise DataError(f'{path}: cannot read "{field}" ({str(e).splitlines()[0]})') from None
+
+
+def read_stream(f, path, lines, field="text"):
+    """The records of an open .parquet, .jsonl (lines) or .txt."""
+    offset = 0
+    if Path(path).suffix == ".parquet":
+        for number, text in enumerate(read_parquet(f, path, field)):
+            yield None, text, True, (str(path), f"row {number}", 0)
+    elif lines:
+        for number, line in enumerate(f, 1):
+            yield None, line, True, (str(path), f"line {number}", offset)
+            offset += len(line)
+    else:
+        for number, data in enumerate(pieces(f)):
+            yield None, data, number == 0, (str(path), None, offset)
+            offset += len(data)
+
+
+def records(source, field="text", bar=None):
+    """The records of one source. Raises DataError."""
+    corpus = source.partition(":")[0]
+    if source in SOURCES:
+        for side, text in SOURCES[source]():
+            yield side, text, True, (source, None, 0)
+    elif source == "-":
+        f = sys.stdin.buffer
+        yield from read_stream(f, "standard input", f.peek(1)[:1] == b"{")
+    else:
+        for path in download_hub(corpus) if corpus in HUB else local_files(source):
+            with open_file(path, bar) as f:
+                yield from read_stream(f, path, FORMATS.search(path.name)[1] == "jsonl", field)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -354,12 +505,20 @@ def item_texts(name, item):
     return [item["page"], detokenise(item["page"])]
 
 
+class Letters(dict):
+    """For str.translate: what is neither letter, digit nor white space goes."""
+
+    def __missing__(self, code):
+        self[code] = code if chr(code).isalnum() or chr(code).isspace() else None
+        return self[code]
+
+
+LETTERS = Letters()
+
+
 def normalise(text):
-    """The words of a text as the matcher compares them."""
-    return PUNCTUATION.sub("", text.lower()).split()
-
-
-PUNCTUATION = re.compile(r"[^\w\s]+|_+")
+    """The words of a text as they are compared: lower case, without punctuation."""
+    return text.lower().translate(LETTERS).split()
 
 
 class Grams:
@@ -414,40 +573,244 @@ class Grams:
 
 
 def test_grams(names, folder=None):
-    """The Grams of whole test sets, each item named (test set, number from 0). Raises DataError."""
-    return Grams(((name, number), text) for name in names for number, item in enumerate(test_items(name, folder))
-                 for text in item_texts(name, item))
+    """The Grams of test sets, or of files whose documents are the items; each is named (test set, number from
+    0). Raises DataError."""
+    def items(name):
+        if name not in TEST_SETS:
+            return ((text,) for text in texts(name))
+        return (item_texts(name, item) for item in test_items(name, folder))
+    return Grams(((name, number), text) for name in names for number, item in enumerate(items(name)) for text in item)
 
 
 # ---------------------------------------------------------------------------------------------
-# The split
+# What a record comes to: a row for each document (or piece of a long one), and its tokens. Workers do
+# this, a batch of records at a time, and the result depends on the batch alone.
+
+BINS, BANDS = 128, 16       # of a document's signature; bands of BINS / BANDS of them
+ROW = np.dtype([("source", "u4"), ("position", "f8"), ("first", "?"), ("bytes", "i8"), ("tokens", "i8"),
+                ("exact", "u8", 2), ("bands", "u8", BANDS)])
+MIX = np.uint64(0x9E3779B97F4A7C15)
+OWN = {"train": 2.0, "val": -1.0}       # positions of documents whose source has its own split
 
 
 def position(text):
-    """A number in [0, 1) that depends on the document alone."""
+    """A number in [0, 1) that depends on the document alone: below val_fraction it is for validation, so
+    that the same document always falls on the same side, whatever else is in the corpus."""
     digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
 
 
-def split(documents, val_fraction):
-    """Give each (split, text) that has no split one: by its hash, so that the same document always
-    falls on the same side, whatever else is in the corpus.
+def shingles(words):
+    """The 5-grams of words as hashes, each once, sorted: (n,) uint64. Fewer than 5 words are one."""
+    n = min(5, len(words))
+    hashes = np.fromiter(map(zlib.crc32, " ".join(words).encode().split(b" ")), np.uint64, len(words))
+    rolled = np.zeros(len(words) - n + 1, np.uint64)
+    for i in range(n):
+        rolled = (rolled ^ hashes[i:i + len(rolled)]) * MIX         # modulo 2**64
+        rolled ^= rolled >> np.uint64(32)
+    return np.unique(rolled)
 
-    A corpus so small that all its documents would fall on one side still gets both: the document
-    with the lowest hash goes to validation, a lone document is cut at a line end.
+
+def signature(words):
+    """MinHash (Broder 1997) of the 5-grams of words, banded for LSH: (BANDS,) uint64, zeros for no words.
+
+    One hash, whose high bits choose a bin that keeps the least (one permutation hashing, Li et al. 2012); an
+    empty bin takes the next one's (Shrivastava & Li 2014). Two documents of Jaccard similarity s agree in
+    some band of 8 bins with probability about 1 - (1 - s^8)^16: 0.95 at s = 0.8, 0.06 at 0.5.
     """
-    few = list(islice(documents, 20))
-    if len(few) < 20 and all(side is None for side, _ in few):
-        sides = {position(text) < val_fraction for _, text in few}
-        if len(few) == 1:
-            text = few[0][1]
-            cut = text.rfind("\n", 0, int((1 - val_fraction) * len(text))) + 1
-            few = [("train", text[:cut]), ("val", text[cut:])]
-        elif len(sides) == 1:
-            few.sort(key=lambda document: position(document[1]))
-            few = [("val", few[0][1])] + [("train", text) for _, text in few[1:]]
-    for side, text in chain(few, documents):
-        yield side or ("val" if position(text) < val_fraction else "train"), text
+    if not words:
+        return np.zeros(BANDS, np.uint64)
+    hashes = shingles(words)
+    bins = (hashes >> np.uint64(64 - 7)).astype(np.int64)
+    first = np.flatnonzero(np.diff(bins, prepend=-1))               # the least of each bin: they are sorted
+    following = np.searchsorted(bins[first], np.arange(BINS)) % len(first)
+    bands = np.zeros(BANDS, np.uint64)
+    for column in hashes[first][following].reshape(BANDS, BINS // BANDS).T:
+        bands = (bands ^ column) * MIX
+        bands ^= bands >> np.uint64(32)
+    return bands
+
+
+def without_test_items(text, grams):
+    """(passages, items): the text without what it shares with test items and 200 characters on both sides
+    of it, and these items. As GPT-3's corpus was cleaned, of a document that is cut what is left in pieces of
+    under 200 characters goes too, and all of it where it would fall into more than 10."""
+    found = grams.find(text)
+    passages, at = [], 0
+    for start, end, _ in found:
+        passages.append(text[at:max(at, start - 200)])
+        at = max(at, end + 200)
+    passages.append(text[at:])
+    if found:
+        passages = [passage for passage in passages if len(passage) >= 200]
+    return (passages if len(passages) <= 10 else []), {item for *_, gram in found for item in grams.grams[gram]}
+
+
+TOOLS = {}      # what a worker needs, made once in its process
+
+
+def start_worker(options):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C is for the main process
+    make_tools(options)
+
+
+def make_tools(options):
+    if not TOOLS:       # a forked worker has its parent's
+        names = options["decontaminate"]
+        TOOLS.update(options=options, tokenizer=get_tokenizer(options["tokenizer"]),
+                     grams=test_grams(names, options["eval_data"]) if names else None)
+
+
+def text_of(data, where, options, component="", counts=None):
+    """The text of a record; None for an empty line, or where it is not of the Pile's component, or where
+    --skip_bad leaves it out, which is counted. Raises DataError."""
+    path, line, offset = where
+    text = data
+    if isinstance(data, bytes):
+        try:
+            text = decode(data, path, offset)
+        except DataError:
+            if options["errors"] == "strict":
+                raise
+            text = data.decode("utf-8", errors="replace")
+            counts["not UTF-8"] += 1
+        if line and not text.strip():
+            return None
+        if line:
+            try:
+                item = json.loads(text.lstrip("\ufeff"))
+                if component and item["meta"]["pile_set_name"] != component:
+                    return None
+                text = item[options["field"]]
+            except (ValueError, KeyError, TypeError, RecursionError):
+                text = None
+    try:
+        text.encode("utf-8")            # JSON can spell half a surrogate pair, UTF-8 cannot
+    except (AttributeError, UnicodeEncodeError):
+        if not options["skip_bad"]:
+            raise DataError(f'{path}, {line}: expected a JSON object with valid Unicode text in '
+                            f'"{options["field"]}"; --skip_bad leaves such lines out') from None
+        counts["bad lines"] += 1
+        return None
+    return text
+
+
+def component_of(source):
+    """ArXiv of pile:ArXiv."""
+    corpus, _, component = source.partition(":")
+    return component if corpus == "pile" else ""
+
+
+def texts(source, field="text"):
+    """The texts of any source, for other uses than bins. Raises DataError."""
+    for _, data, _, where in records(source, field):
+        text = text_of(data, where, dict(field=field, errors="strict", skip_bad=False), component_of(source))
+        if text:
+            yield text
+
+
+def digest(batch):
+    """What a batch of (source, record) comes to: rows (n,) of ROW, their tokens end to end, counts by source, and
+    examples of documents that shared something with test items."""
+    options, tokenizer, grams = TOOLS["options"], TOOLS["tokenizer"], TOOLS["grams"]
+    rows, tokens, counts, examples = [], [np.empty(0, "<u2")], {}, []
+    for source, (side, data, first, where) in batch:
+        count = counts.setdefault(str(source), Counter())
+        text = text_of(data, where, options, component_of(options["sources"][source]), count)
+        if not text:
+            continue
+        passages, items = without_test_items(text, grams) if grams else ([text], ())
+        if items:
+            count["contaminated"] += 1
+            count["characters cut"] += len(text) - sum(map(len, passages))
+            examples.append([f"{where[0]} {where[1] or ''}".strip(), sorted(map(list, items))[:3]])
+        for passage in passages:
+            for data in pieces(io.BytesIO(passage.encode())):
+                piece = data.decode()
+                words = [] if options["keep_duplicates"] else normalise(piece)
+                exact = hashlib.blake2b(" ".join(words).encode() or data, digest_size=16).digest()
+                ids = tokenizer.encode_to_numpy(piece, allowed_special=set(), disallowed_special=())
+                rows.append((source, OWN[side] if side else position(text), first, len(data), len(ids),
+                             np.frombuffer(exact, "<u8"), signature(words)))
+                tokens.append(ids.astype("<u2"))        # a literal <|endoftext|> stays plain text
+                first = False
+            first = True
+    return np.array(rows, ROW), np.concatenate(tokens), counts, examples
+
+
+def in_order(batches, workers, options):
+    """digest of each batch, in order, by so many processes at once; only a few batches are held."""
+    make_tools(options)
+    begin = list(islice(batches, 2))
+    if workers == 1 or len(begin) < 2:
+        yield from map(digest, chain(begin, batches))
+        return
+    with ProcessPoolExecutor(workers, initializer=start_worker, initargs=(options,)) as pool:
+        pending = deque()
+        try:
+            for batch in chain(begin, batches):
+                pending.append(pool.submit(digest, batch))
+                if len(pending) > 3 * workers:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        except BrokenProcessPool:
+            raise DataError("a worker was killed, for want of memory?; go on with --resume and fewer --workers") \
+                from None
+
+
+# ---------------------------------------------------------------------------------------------
+# Duplicates
+
+SIMILAR = 0.8       # Jaccard similarity of 5-grams from which a document repeats another
+
+
+def repeats(rows, text_at):
+    """Which earlier row each row repeats, exactly or nearly: (n,) int64, -1 for none.
+
+    rows: (n,) ROW; text_at(i): the text of row i. Documents of a source with its own split come first and stay
+    whatever they repeat. Rows that share a band with an earlier one are compared by all their 5-grams, so no
+    document is taken for a duplicate by accident; only with the first that stays of each band, so time is
+    linear. Needs about 130 bytes of memory for each row, and 0.8 KB for each that shares a band.
+    """
+    own = (rows["position"] < 0) | (rows["position"] > 1)
+    order = np.argsort(~own, kind="stable")
+    of = np.full(len(rows), -1)
+    _, first, inverse = np.unique(rows["exact"][order].view("V16").ravel(), return_index=True, return_inverse=True)
+    first = order[first[inverse.ravel()]]       # of the rows in order, the first that is the same
+    of[order[first != order]] = first[first != order]
+    of[own] = -1
+
+    order = order[of[order] < 0]
+    order = order[rows["bands"][order, 0] > 0]
+    crowd, groups, n_groups = [], [], 0         # places in order that share a band with others, and which
+    for band in range(BANDS):
+        _, inverse, counts = np.unique(rows["bands"][order, band], return_inverse=True, return_counts=True)
+        shared = np.flatnonzero(counts[inverse] > 1)
+        inverse = np.unique(inverse[shared], return_inverse=True)[1]
+        crowd.append(shared.astype(np.uint32))
+        groups.append((inverse + n_groups).astype(np.uint32))
+        n_groups += inverse.max(initial=-1) + 1
+    crowd, groups = np.concatenate(crowd), np.concatenate(groups)
+    leader = np.full(n_groups, -1)              # of each group the first row that stays
+    sort = np.argsort(crowd, kind="stable")
+    places, begins = np.unique(crowd[sort], return_index=True)
+    grams = lru_cache(1024)(lambda i: shingles(normalise(text_at(i))))
+    for place, mine in zip(tqdm(places, desc="comparing", unit="doc", delay=3, leave=False),
+                           np.split(groups[sort], begins[1:])):
+        i = int(order[place])
+        for j in np.unique(leader[mine]).tolist() if not own[i] else ():
+            if j >= 0 and jaccard(grams(i), grams(j)) >= SIMILAR:
+                of[i] = j
+                break
+        else:
+            leader[mine[leader[mine] < 0]] = i
+    return of
+
+
+def jaccard(a, b):
+    both = len(np.intersect1d(a, b, assume_unique=True))
+    return both / (len(a) + len(b) - both)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -455,69 +818,233 @@ def split(documents, val_fraction):
 
 
 class BinWriter:
-    """Appends documents to PATH.tmp and counts; commit() gives it the name PATH."""
+    """Writes one side: OUT/SIDE.bin, or OUT/SIDE-00000.bin and so on, each of shard_tokens tokens or a document
+    more, all under .tmp names. splits: what meta.json says of each."""
 
-    def __init__(self, path, tokenizer):
-        self.path, self.tokenizer = path, tokenizer
-        self.file = open(f"{path}.tmp", "wb")
-        self.sha256 = hashlib.sha256()
-        self.counts = dict(documents=0, bytes=0, tokens=0)
+    def __init__(self, out, side, shard_tokens, encoding):
+        self.out, self.side, self.shard_tokens = out, side, shard_tokens
+        self.sizes, self.eot = token_bytes(encoding), np.array([encoding.eot_token], "<u2")
+        self.splits, self.file = {}, None
 
-    def add(self, text):
-        """Returns the bytes of text added."""
-        tokens = self.tokenizer.encode_ordinary(text)   # a literal <|endoftext|> stays plain text
-        size = len(text.encode("utf-8"))
-        data = np.array(tokens + [self.tokenizer.eot_token], dtype="<u2").tobytes()
+    def add(self, tokens):
+        """tokens: (n,) uint16 of a document or a piece of one."""
+        if self.file is None:
+            self.name = self.side + f"-{len(self.splits):05}" * (self.shard_tokens is not None)
+            self.file, self.sha256 = open(self.out / f"{self.name}.bin.tmp", "wb"), hashlib.sha256()
+            self.splits[self.name] = dict(documents=0, bytes=0, tokens=0)
+        data = tokens.tobytes()
         self.file.write(data)
         self.sha256.update(data)
-        self.counts["documents"] += 1
-        self.counts["bytes"] += size
-        self.counts["tokens"] += len(tokens) + 1
-        return size
+        self.splits[self.name]["bytes"] += int(self.sizes[tokens].sum())
+        self.splits[self.name]["tokens"] += len(tokens)
+
+    def end(self):
+        """The document is complete."""
+        self.add(self.eot)
+        self.splits[self.name]["documents"] += 1
+        if self.shard_tokens and self.splits[self.name]["tokens"] >= self.shard_tokens:
+            self.close()
 
     def close(self):
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-        return {**self.counts, "sha256": self.sha256.hexdigest()}
+        if self.file:
+            self.file.flush()
+            os.fsync(self.file.fileno())
+            self.file.close()
+            self.splits[self.name]["sha256"] = self.sha256.hexdigest()
+            self.file = None
 
 
-def prepare(sources, out, tokenizer, val_fraction):
-    """Tokenize sources into out/train.bin, out/val.bin and out/meta.json; returns meta as a dict.
+def prepare(sources, out, tokenizer="gpt2", val_fraction=0.05, *, field="text", errors="strict", skip_bad=False,
+            keep_duplicates=False, decontaminate=(), eval_data=None, shard_tokens=None, workers=1, resume=False):
+    """Turn sources into out/train.bin, out/val.bin and out/meta.json; returns meta as a dict.
 
-    The final names appear only when all is written: first the bins, then meta.json, whose sha256
-    tells a reader that they belong together. Raises DataError, with nothing under them touched.
+    First everything is tokenized into out/prepare.work, then duplicates are found there, then the bins are
+    written under temporary names and renamed when all are whole, meta.json last: its sha256 tell a reader that
+    they belong together. Raises DataError, with nothing under the final names touched.
     """
+    out, sources = Path(out), list(sources)
     encoding = get_tokenizer(tokenizer)
     if encoding.n_vocab > 2**16:
         raise DataError(f"tokenizer {tokenizer}: {encoding.n_vocab} tokens do not fit in uint16")
-    os.makedirs(out, exist_ok=True)
-    paths = {side: os.path.join(out, f"{side}.bin") for side in ("train", "val")}
-    meta_path = os.path.join(out, "meta.json")
+    options = dict(sources=sources, tokenizer=tokenizer, val_fraction=val_fraction, field=field, errors=errors,
+                   skip_bad=skip_bad, keep_duplicates=keep_duplicates, decontaminate=list(decontaminate),
+                   eval_data=eval_data, shard_tokens=shard_tokens)
+    TOOLS.clear()
+    work = out / "prepare.work"
+    done = dict(options=options, records=0, rows=0, tokens=0, counts={}, examples=[], complete=False)
+    if resume and (work / "done.json").exists():
+        done = json.loads((work / "done.json").read_text())
+        for key in options.keys() - {"errors", "skip_bad", "val_fraction", "shard_tokens"}:
+            if done["options"][key] != options[key]:
+                raise DataError(f"{work}: {key} was {done['options'][key]}, now it is {options[key]}; leave "
+                                "--resume out to start over")
+    elif work.exists():
+        shutil.rmtree(work)
     try:
-        writers = {side: BinWriter(path, encoding) for side, path in paths.items()}
-        with tqdm(unit="B", unit_scale=True, desc=out) as bar:
-            for side, text in split(documents(sources), val_fraction):
-                if text:
-                    bar.update(writers[side].add(text))
-        splits = {side: writer.close() for side, writer in writers.items()}
-        for side, counts in splits.items():
-            if not counts["documents"]:
-                raise DataError(f"{', '.join(sources)}: no text for {side}; add documents or change "
-                                f"--val_fraction ({val_fraction})")
-        meta = dict(tokenizer=tokenizer, vocab_size=encoding.n_vocab, splits=splits,
-                    sources=list(sources), options=dict(val_fraction=val_fraction))
+        if not done["complete"]:
+            tokenize(sources, work, options, done, workers)
+        meta = assemble(work, out, options, done, encoding)
+    except BaseException:
+        if not done["rows"]:        # nothing to go on from
+            shutil.rmtree(work, ignore_errors=True)
+        raise
+    shutil.rmtree(work)
+    return meta
+
+
+def tokenize(sources, work, options, done, workers):
+    """All records into work/tokens and work/rows, going on after done["records"]; done is kept up to date in
+    work/done.json, every COMMIT bytes. Raises DataError."""
+    work.mkdir(parents=True, exist_ok=True)
+    local = [source for source in sources if source != "-" and source.partition(":")[0] not in (*SOURCES, *HUB)]
+    total = sum(path.stat().st_size for source in local for path in local_files(source))
+    files = {name: open(work / name, "ab") for name in ("tokens", "rows")}
+    files["tokens"].truncate(2 * done["tokens"])
+    files["rows"].truncate(ROW.itemsize * done["rows"])
+    taken = deque()         # records in each batch that is under way
+
+    def batches(bar):
+        every = ((k, record) for k, source in enumerate(sources) for record in records(source, options["field"], bar))
+        batch, size = [], 0
+        for item in islice(every, done["records"], None):
+            batch.append(item)
+            size += len(item[1][1] or "")
+            if size >= BATCH:
+                taken.append(len(batch))
+                yield batch
+                batch, size = [], 0
+        if batch:
+            taken.append(len(batch))
+            yield batch
+
+    def commit():
+        for file in files.values():
+            file.flush()
+            os.fsync(file.fileno())
+        write_whole(work / "done.json", json.dumps(done))
+
+    since, measured = 0, local == sources       # else the bar counts what comes out
+    try:
+        with tqdm(total=total if measured else None, unit="B", unit_scale=True, desc=str(work.parent)) as bar:
+            for rows, tokens, counts, examples in in_order(batches(bar if measured else None), workers, options):
+                files["rows"].write(rows.tobytes())
+                files["tokens"].write(tokens.tobytes())
+                for source, count in counts.items():
+                    done["counts"][source] = Counter(done["counts"].get(source, {})) + count
+                done["records"] += taken.popleft()
+                done["rows"] += len(rows)
+                done["tokens"] += len(tokens)
+                done["examples"] = (done["examples"] + examples)[:10]
+                since += int(rows["bytes"].sum())
+                if not measured:
+                    bar.update(int(rows["bytes"].sum()))
+                if since >= COMMIT:
+                    commit()
+                    since = 0
+        done["complete"] = True
+        commit()
+    except (DataError, KeyboardInterrupt):
+        if done["records"]:
+            commit()
+            print(f"what is done is in {work}; --resume goes on from there", file=sys.stderr)
+        raise
+    finally:
+        for file in files.values():
+            file.close()
+
+
+def assemble(work, out, options, done, encoding):
+    """The final bins from what tokenize left in work; returns meta. Raises DataError."""
+    rows = np.memmap(work / "rows", ROW, mode="r") if done["rows"] else np.empty(0, ROW)
+    tokens = open(work / "tokens", "rb")
+
+    def ids_at(start, n):
+        tokens.seek(2 * int(start))
+        return np.frombuffer(tokens.read(2 * int(n)), "<u2")
+
+    starts = np.append(0, np.cumsum(rows["tokens"]))
+
+    def text_at(i):
+        return encoding.decode(ids_at(starts[i], rows["tokens"][i]).tolist())
+
+    of = np.full(len(rows), -1, np.int8) if options["keep_duplicates"] else repeats(rows, text_at)
+    sides, val_from = sides_of_few(rows, of, options["val_fraction"], ids_at, encoding)
+
+    writers = {side: BinWriter(out, side, options["shard_tokens"], encoding) for side in ("train", "val")}
+    report = [dict(source=source, documents=0, bytes=0, tokens=0, duplicates=0, duplicate_bytes=0,
+                   **done["counts"].get(str(k), {})) for k, source in enumerate(options["sources"])]
+    examples, document, writer, wrote = [], -1, None, False
+    meta_path = out / "meta.json"
+    try:
+        for i in tqdm(range(len(rows)), desc="writing", unit="doc", delay=3, leave=False):
+            source, position, first, n_bytes, n, *_ = rows[i].item()
+            start = starts[i]
+            if first:
+                if wrote:
+                    writer.end()
+                document, wrote = document + 1, False
+                writer = writers[sides.get(document, "val" if position < options["val_fraction"] else "train")]
+            if of[i] < 0:
+                ids = ids_at(start, n)
+                if val_from is not None and start + n > val_from:       # once: the lone document's end
+                    writer.add(ids[:max(0, val_from - start)])
+                    writer.end()
+                    writer, ids, val_from = writers["val"], ids[max(0, val_from - start):], None
+                writer.add(ids)
+                wrote = True
+                for key, value in dict(documents=first, bytes=n_bytes, tokens=n).items():
+                    report[source][key] += value
+            else:
+                report[source]["duplicates"] += first
+                report[source]["duplicate_bytes"] += n_bytes
+                if len(examples) < 10:
+                    examples.append([text_at(j)[:80] for j in (of[i], i)])
+        if wrote:
+            writer.end()
+        splits = {}
+        for side, writer in writers.items():
+            writer.close()
+            splits |= writer.splits
+            if not writer.splits:
+                raise DataError(f"{', '.join(options['sources'])}: no text for {side}; add documents or change "
+                                f"--val_fraction ({options['val_fraction']})")
+        meta = dict(tokenizer=options["tokenizer"], vocab_size=encoding.n_vocab, splits=splits, sources=report,
+                    options=options, examples=dict(duplicates=examples, contaminated=done["examples"]))
         with open(f"{meta_path}.tmp", "w") as f:
             json.dump(meta, f, indent=2)
             f.flush()
             os.fsync(f.fileno())
-        for path in (*paths.values(), meta_path):
+        paths = [out / f"{name}.bin" for name in splits]
+        for path in (*paths, meta_path):
             os.replace(f"{path}.tmp", path)
+        for path in out.glob("*.bin"):      # another number of shards than before
+            if path not in paths and re.fullmatch(r"(train|val)(-\d{5})?", path.stem):
+                path.unlink()
     finally:
-        for path in (*paths.values(), meta_path):
-            if os.path.exists(f"{path}.tmp"):
-                os.remove(f"{path}.tmp")
+        for path in out.glob("*.tmp"):
+            path.unlink()
     return meta
+
+
+def sides_of_few(rows, of, val_fraction, ids_at, encoding):
+    """A corpus so small that all of it would fall on one side still gets both: ({document: side}, None), where the
+    document of the lowest position is for validation; or, for a lone one, ({0: "train"}, the token from which, at
+    the beginning of a line, it is for validation)."""
+    if len(rows) > 1000:
+        return {}, None
+    document = np.cumsum(rows["first"]) - 1                         # of each row
+    kept = np.unique(document[of < 0])
+    at = rows["position"][rows["first"]][kept]
+    if not 0 < len(kept) < 20 or set(at) & set(OWN.values()) or len(set(at < val_fraction)) == 2:
+        return {}, None
+    if len(kept) > 1:
+        return {k: "val" if k == kept[at.argmin()] else "train" for k in kept.tolist()}, None
+    mine = np.flatnonzero(of < 0)
+    start = rows["tokens"][:mine[0]].sum()
+    val_from = start + int((1 - val_fraction) * rows["tokens"][mine].sum())
+    ids = ids_at(start, val_from - start)
+    lines = [encoding.decode_single_token_bytes(token).endswith(b"\n") for token in ids]
+    return {int(kept[0]): "train"}, val_from - (lines[::-1].index(True) if any(lines) else 0)
 
 
 def open_bin(path, vocab_size=None):
@@ -565,6 +1092,38 @@ def open_bin(path, vocab_size=None):
     return tokens, meta
 
 
+def shards(folder, side):
+    """Names, without .bin, of the bins of one side: those of meta.json, or, without one, the side's own."""
+    try:
+        splits = json.loads((Path(folder) / "meta.json").read_text())["splits"]
+    except (OSError, ValueError, KeyError, TypeError):      # open_bin says what is wrong
+        splits = ()
+    return sorted(name for name in splits if re.fullmatch(rf"{side}(-\d{{5}})?", name)) or [side]
+
+
+def open_data(data, side):
+    """The bins of one side ("train" or "val") of a data set: ({source: its bins}, meta).
+
+    data: a folder; several with commas between, which count as one source, "data/part1,data/part2";
+    or a dict with such names as keys. meta: tokenizer, vocab_size, and a fingerprint of all bins.
+    Raises DataError.
+    """
+    sources, metas, hashes = {}, {}, []
+    for name in data if isinstance(data, dict) else [data]:
+        sources[name] = []
+        for folder in name.split(","):
+            for stem in shards(folder, side):
+                tokens, metas[folder] = open_bin(os.path.join(folder, f"{stem}.bin"))
+                sources[name].append(tokens)
+                hashes.append(metas[folder]["splits"][stem]["sha256"])
+    (first, meta), *others = metas.items()
+    for folder, other in others:
+        if other["tokenizer"] != meta["tokenizer"]:
+            raise DataError(f"{folder}: {other['tokenizer']} tokens, but {first} holds {meta['tokenizer']} tokens")
+    fingerprint = hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+    return sources, dict(tokenizer=meta["tokenizer"], vocab_size=meta["vocab_size"], fingerprint=fingerprint)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with a module's docstring as its help, whose errors are one line and status 1."""
 
@@ -580,25 +1139,67 @@ class Parser(argparse.ArgumentParser):
         self.exit(1, f"{self.prog}: {message}\n")
 
 
+def print_report(meta, out):
+    print(f"{'':6}{'documents':>12}{'bytes':>16}{'tokens':>16}{'bytes/token':>13}")
+    for name, n in meta["splits"].items():
+        print(f"{name:6}{n['documents']:12,}{n['bytes']:16,}{n['tokens']:16,}{n['bytes'] / n['tokens']:13.2f}")
+    tokens = sum(source["tokens"] for source in meta["sources"])
+    for source in meta["sources"][:20]:         # the others are in meta.json
+        details = [f"{source['tokens'] / tokens:.1%} of the tokens"] if len(meta["sources"]) > 1 else []
+        if source["duplicates"]:
+            details.append(f"{source['duplicates']:,} duplicates left out ({source['duplicate_bytes']:,} bytes)")
+        if "contaminated" in source:
+            details.append(f"{source['contaminated']:,} documents shared passages with test items "
+                           f"({source['characters cut']:,} characters cut)")
+        details += [f"{source[kind]:,} {kind}" for kind in ("bad lines", "not UTF-8") if kind in source]
+        if details:
+            print(f"{source['source']}: {', '.join(details)}")
+    print(f'in a config: data = "{out}"')
+
+
 def main(argv):
     parser = Parser(__doc__)
-    parser.add_argument("sources", nargs="+", metavar="SOURCE", help=f"{', '.join(SOURCES)}, a file or a folder")
-    parser.add_argument("--out", required=True, metavar="DIR", help="where the bins go, e.g. data/mine")
+    parser.add_argument("sources", nargs="*", metavar="SOURCE", help="a corpus, a file, a folder, a pattern, or -")
+    parser.add_argument("--out", metavar="DIR", help="where the bins go, e.g. data/mine")
+    parser.add_argument("--list", action="store_true", help="print the corpora that have a name")
     parser.add_argument("--tokenizer", default="gpt2", help="gpt2 (default) or bytes")
     parser.add_argument("--val_fraction", type=float, default=0.05, metavar="F",
                         help="share of the documents for validation (default 0.05)")
-    args = parser.parse_args(argv)
-    if not 0 < args.val_fraction < 1:
-        raise DataError(f"--val_fraction={args.val_fraction}: expected a number between 0 and 1")
-    meta = prepare(args.sources, args.out, args.tokenizer, args.val_fraction)
-    print(f"{'':6}{'documents':>12}{'bytes':>16}{'tokens':>16}{'bytes/token':>13}")
-    for side, n in meta["splits"].items():
-        print(f"{side:6}{n['documents']:12,}{n['bytes']:16,}{n['tokens']:16,}{n['bytes'] / n['tokens']:13.2f}")
-    print(f'in a config: data = "{args.out}"')
+    parser.add_argument("--field", default="text", help="of a .jsonl or .parquet (default text)")
+    parser.add_argument("--keep_duplicates", action="store_true", help="leave repeated documents in")
+    parser.add_argument("--decontaminate", metavar="LIST", default="",
+                        help=f"cut what is also in {','.join(TEST_SETS)} or any file; names with commas between")
+    parser.add_argument("--eval_data", metavar="DIR", help="folder of the test sets; default: downloaded once")
+    parser.add_argument("--errors", choices=("strict", "replace"), default="strict", help="what to do about text that "
+                        "is not UTF-8: stop (default), or replace and count")
+    parser.add_argument("--skip_bad", action="store_true", help="leave out and count lines that are not JSON")
+    parser.add_argument("--shard_tokens", type=lambda n: int(float(n)), metavar="N",
+                        help="begin another bin after so many tokens")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one for each core)")
+    parser.add_argument("--resume", action="store_true", help="go on with the same command where it was stopped")
+    args = vars(parser.parse_args(argv))
+    if args.pop("list"):
+        for name, source in SOURCES.items():
+            print(f"{name:16} {source.__doc__.splitlines()[0]}")
+        for name, (repository, _, files) in HUB.items():
+            print(f"{name:16} https://huggingface.co/datasets/{repository}, {files}")
+        print("pile:ArXiv       one component of it, by its pile_set_name")
+        return
+    if not args["sources"] or not args["out"]:
+        parser.error("expected a SOURCE and --out DIR; --list names corpora")
+    if not 0 < args["val_fraction"] < 1:
+        raise DataError(f"--val_fraction={args['val_fraction']}: expected a number between 0 and 1")
+    for key in ("shard_tokens", "workers"):
+        if args[key] is not None and args[key] < 1:
+            raise DataError(f"--{key}={args[key]}: expected at least 1")
+    args["decontaminate"] = [name for name in args["decontaminate"].split(",") if name]
+    print_report(prepare(**args), args["out"])
 
 
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
+    except KeyboardInterrupt:
+        sys.exit(130)
     except (DataError, OSError) as e:
         sys.exit(f"prepare.py: {e}")

@@ -39,7 +39,7 @@ import torch.distributed as dist                                                
 from torch.nn.parallel import DistributedDataParallel                           # noqa: E402
 
 from model import OPENAI, GPT, GPTConfig, ModelError, atomic_save, load, load_pickle, save    # noqa: E402
-from prepare import DataError, count_words, get_tokenizer, open_bin, token_bytes       # noqa: E402
+from prepare import DataError, count_words, get_tokenizer, open_data, token_bytes    # noqa: E402
 
 MAX_SKIPS = 10                          # steps in a row whose loss or gradient is not finite
 PATIENCE = timedelta(minutes=10)        # how long a rank waits for another before all of them end
@@ -60,10 +60,11 @@ class Diverged(RuntimeError):
 @dataclass
 class Config:
     # where
-    data: str = ""                      # folder with train.bin and val.bin (prepare.py makes them)
+    data: str | dict = ""               # folder that prepare.py made, "a,b": several as one, {"a": share, ...}: mixed
     out_dir: str = "out"
     init_from: str = ""                 # a .pt, a Hugging Face folder, gpt2 ... gpt2-xl; "": scratch
     resume: bool = True                 # go on from NAME.state.pt where it exists
+    wandb: str = ""                     # project of Weights & Biases to log to as well
     seed: int = 1337
     # how
     device: str = "auto"                # auto: cuda, else mps, else cpu
@@ -81,7 +82,8 @@ class Config:
     max_epochs: float | None = None
     # every so many steps
     eval_interval: int = 500
-    eval_tokens: int = 2**18            # validation tokens each time, always the same ones
+    eval_tokens: int = 2**18            # validation tokens of each source each time, always the same ones
+    eval_block_size: int | None = None  # context of the validation; longer than block_size with ALiBi alone
     save_interval: int = 500
     log_interval: int = 10
     # optimizer
@@ -110,7 +112,8 @@ CHOICES = dict(device=("auto", "cuda", "mps", "cpu"), dtype=("auto", "float32", 
                pos=("learned", "alibi"))
 NOT_NEGATIVE = ("learning_rate", "min_lr", "warmup_steps", "weight_decay", "grad_clip", "average", "seed")
 POSITIVE = ("block_size", "batch_size", "micro_batch_size", "max_steps", "max_tokens", "max_epochs",
-            "eval_interval", "eval_tokens", "save_interval", "log_interval", "n_layer", "n_head", "n_embd")
+            "eval_interval", "eval_tokens", "eval_block_size", "save_interval", "log_interval", "n_layer", "n_head",
+            "n_embd")
 
 
 def configure(argv, world=1):
@@ -181,6 +184,18 @@ def check(config, path, world):
             raise ConfigError(f"{path}: {key} = {getattr(config, key)}, expected 0 or more and less than 1")
     if not config.data:
         raise ConfigError(f"{path}: data is not set; expected a folder that prepare.py made")
+    if isinstance(config.data, dict):
+        for name, share in config.data.items():
+            if type(name) is not str or type(share) not in (int, float) or not 0 < share < math.inf:
+                raise ConfigError(f"{path}: data = {{{name!r}: {share!r}}}, expected a folder and its share, above 0")
+        rare = [name for name, n in zip(config.data, apportion(list(config.data.values()))) if n == 0]
+        if rare:
+            raise ConfigError(f"{path}: data: the share of {', '.join(rare)} is less than one sample in {GROUP}")
+    if config.wandb:
+        try:
+            from wandb import init      # noqa: F401; "import wandb" would take a folder of that name
+        except ImportError:
+            raise ConfigError(f"{path}: wandb = {config.wandb}: pip install wandb first, or leave it out") from None
     if config.max_steps is config.max_tokens is config.max_epochs is None:
         raise ConfigError(f"{path}: no length; set max_steps, max_tokens or max_epochs")
     micro = config.micro_batch_size or config.batch_size // world
@@ -199,39 +214,88 @@ def check(config, path, world):
 # ---------------------------------------------------------------------------------------------
 # Data: which tokens a step sees is a pure function of (seed, step)
 
+GROUP = 1000        # samples of a mixture in which every source has exactly its share
 
-def count_blocks(tokens, block_size, path):
-    """Blocks of block_size tokens, each with its targets one token on. Raises DataError if none."""
-    if len(tokens) <= block_size:
-        raise DataError(f"{path}: {len(tokens):,} tokens, expected more than block_size={block_size}")
-    return (len(tokens) - 1) // block_size
+
+class Blocks:
+    """The blocks of block_size tokens, each with its targets one token on, of several bins as one list."""
+
+    def __init__(self, bins, block_size, name):
+        self.bins, self.block_size = bins, block_size
+        self.ends = np.cumsum([(len(tokens) - 1) // block_size for tokens in bins])
+        if not len(self):
+            raise DataError(f"{name}: {sum(map(len, bins)):,} tokens, expected more than block_size={block_size}")
+
+    def __len__(self):
+        return int(self.ends[-1])
+
+    def __getitem__(self, i):
+        """Block i: (block_size + 1,) uint16."""
+        k = np.searchsorted(self.ends, i, side="right")
+        start = (i - (self.ends[k - 1] if k else 0)) * self.block_size
+        return self.bins[k][start:start + self.block_size + 1]
+
+    def spread(self, n_tokens):
+        """So many blocks as hold n_tokens, spread evenly over all: (n, block_size + 1) uint16."""
+        n = min(len(self), math.ceil(n_tokens / self.block_size))
+        return np.stack([self[i * len(self) // n] for i in range(n)])
+
+
+def apportion(shares):
+    """Of each source how many samples are in a GROUP: whole numbers, by largest remainder."""
+    exact = np.array(shares) / sum(shares) * GROUP
+    counts = exact.astype(int)
+    counts[np.argsort(counts - exact, kind="stable")[:GROUP - counts.sum()]] += 1
+    return counts
 
 
 class Loader:
-    """Batches of blocks in a new random order each epoch, every block once.
+    """Batches of blocks, each source's in a new random order each epoch, every block once.
 
-    Sample i of a step is the same for any number of processes, so a run needs no loader state to
-    resume, and sees the same batches when it is moved to more GPUs.
+    sources: Blocks; counts: of each, how many samples are in a GROUP (apportion). Sample i of a step
+    is the same for any number of processes, so a run needs no loader state to resume, and sees the
+    same batches when it is moved to more GPUs.
     """
 
-    def __init__(self, tokens, block_size, batch_size, seed, path):
-        self.tokens, self.block_size, self.batch_size, self.seed = tokens, block_size, batch_size, seed
-        self.n_blocks = count_blocks(tokens, block_size, path)
-        self.epoch = None
+    def __init__(self, sources, counts, batch_size, seed):
+        self.sources, self.counts, self.batch_size, self.seed = sources, counts, batch_size, seed
+        self.epoch, self.order = [None] * len(sources), [None] * len(sources)
+        self.group = None
+
+    def source(self, sample):
+        """(k, i): the sample-th sample since the start of training is source k's i-th."""
+        if len(self.sources) == 1:
+            return 0, sample
+        group, i = divmod(sample, GROUP)
+        if group != self.group:     # numpy guarantees that RandomState's streams never change
+            deck = np.repeat(np.arange(len(self.sources)), self.counts)
+            self.group, self.deck = group, np.random.RandomState([self.seed, group, 0, 0]).permutation(deck)
+        k = self.deck[i]
+        return k, group * int(self.counts[k]) + int((self.deck[:i] == k).sum())
 
     def block(self, sample):
-        """Block number of the sample-th sample since the start of training."""
-        epoch, i = divmod(sample, self.n_blocks)
-        if epoch != self.epoch:     # numpy guarantees that RandomState's streams never change
-            self.epoch, self.order = epoch, np.random.RandomState([self.seed, epoch]).permutation(self.n_blocks)
-        return self.order[i]
+        """(source, block number) of the sample-th sample."""
+        k, i = self.source(sample)
+        epoch, i = divmod(i, len(self.sources[k]))
+        if epoch != self.epoch[k]:      # a key of another length is another stream
+            key = [self.seed, epoch, k] if k else [self.seed, epoch]
+            self.epoch[k], self.order[k] = epoch, np.random.RandomState(key).permutation(len(self.sources[k]))
+        return k, self.order[k][i]
 
     def batch(self, step, rank=0, world=1):
         """This rank's share of a step: (batch_size / world, block_size + 1) int64 on the CPU."""
-        share, T = self.batch_size // world, self.block_size
+        share = self.batch_size // world
         first = step * self.batch_size + rank * share
-        starts = [self.block(first + i) * T for i in range(share)]
-        return torch.from_numpy(np.stack([self.tokens[s:s + T + 1] for s in starts]).astype(np.int64))
+        picks = [self.block(first + i) for i in range(share)]
+        return torch.from_numpy(np.stack([self.sources[k][i] for k, i in picks]).astype(np.int64))
+
+    def epochs(self, step):
+        """How often each source has been seen when `step` steps are done."""
+        groups, rest = divmod(step * self.batch_size, GROUP)
+        seen = groups * self.counts
+        for sample in range(groups * GROUP, groups * GROUP + rest):
+            seen[self.source(sample)[0]] += 1
+        return [float(n / len(blocks)) for n, blocks in zip(seen, self.sources)]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -295,29 +359,25 @@ def train_step(model, optimizer, rows, micro_batch_size, autocast, grad_clip, sc
     return loss, norm, stopping > 0
 
 
-def evaluate(model, tokens, config, autocast, rank=0, world=1, stop=()):
-    """Mean loss in nats per token, and the target tokens it was measured on (a numpy array).
+def evaluate(model, sources, batch_size, autocast, rank=0, world=1, stop=()):
+    """Mean loss in nats per token on each of sources: blocks (n, T + 1), which the ranks share.
 
-    The blocks are spread evenly over the bin and always the same; ranks share them. The loss is
     None where, on any rank, `stop` came to hold something before the end.
     """
-    T = config.block_size
-    n = (len(tokens) - 1) // T
-    count = min(n, math.ceil(config.eval_tokens / T))
-    starts = np.arange(count) * n // count * T
-    batch_size = config.micro_batch_size or config.batch_size // world
-    mine = starts[rank::world]
-    total = torch.zeros(2, dtype=torch.float64)         # the sum of losses, and how many were asked to stop
-    for i in range(0, len(mine), batch_size):
-        if stop:
-            break
-        total[0] += model.total_loss(tokens, mine[i:i + batch_size], T, batch_size, autocast)
-    total[1] = bool(stop)
+    totals = torch.zeros(len(sources) + 1, dtype=torch.float64)     # summed losses, and how many were asked to stop
+    for k, rows in enumerate(sources):
+        mine, T = rows[rank::world], rows.shape[1] - 1
+        for i in range(0, len(mine), batch_size):
+            if stop:
+                break
+            part = mine[i:i + batch_size]
+            totals[k] += model.total_loss(part.ravel(), np.arange(len(part)) * (T + 1), T, batch_size, autocast)
+    totals[-1] = bool(stop)
     if world > 1:
-        total = total.to(model.wte.weight.device)
-        dist.all_reduce(total)
-    loss, stopped = total.tolist()
-    return None if stopped else loss / (count * T), np.concatenate([tokens[s + 1:s + T + 1] for s in starts])
+        totals = totals.to(model.wte.weight.device)
+        dist.all_reduce(totals)
+    *totals, stopped = totals.tolist()
+    return None if stopped else [total / rows[:, 1:].size for total, rows in zip(totals, sources)]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -414,7 +474,10 @@ class Log:
     """NAME.jsonl, one JSON object a line, and the curve drawn from it."""
 
     def __init__(self, path, header, step):
-        """Start a new log, or, going on from a state saved at `step`, drop what came after it."""
+        """Start a new log, or, going on from a state saved at `step`, drop what came after it.
+
+        Raises ConfigError where Weights & Biases, asked for, does not let us in.
+        """
         self.path, records = path, [header]
         if step and os.path.exists(path):
             with open(path) as f:
@@ -422,6 +485,16 @@ class Log:
             # at `step` itself training lines stand, evaluation is about to happen again
             records = [r for r in records if "config" in r or r["step"] < step
                        or r["step"] == step and "val_loss" not in r]
+        self.wandb = None
+        if header["config"]["wandb"]:
+            import wandb
+            try:        # the id in the first line finds the same run again; what is logged twice is the same twice
+                self.wandb = wandb.init(project=header["config"]["wandb"], name=os.path.basename(path)[:-len(".jsonl")],
+                                        config=header["config"], id=records[0].get("wandb"), resume="allow")
+            except wandb.Error as e:
+                raise ConfigError(f"wandb: {str(e).splitlines()[0]}") from None
+            self.wandb.define_metric("*", step_metric="tokens")
+            records[0]["wandb"] = self.wandb.id
         with open(f"{path}.tmp", "w") as f:
             f.writelines(json.dumps(record) + "\n" for record in records)
         os.replace(f"{path}.tmp", path)
@@ -431,6 +504,8 @@ class Log:
         self.records.append(record)
         with open(self.path, "a") as f:
             f.write(json.dumps(record) + "\n")
+        if self.wandb:
+            self.wandb.log(record)
 
     def plot(self, path):
         import matplotlib       # here, for only rank 0 draws
@@ -482,17 +557,19 @@ def memory_by_part(model, config, micro, gpus):
 
 def plan(config, name, gpus):
     """What a run would take, on any machine; nothing is trained and no data is needed."""
-    vocab_size = 50257
-    if os.path.exists(os.path.join(config.data, "meta.json")):
-        vocab_size = open_bin(os.path.join(config.data, "train.bin"))[1]["vocab_size"]
+    try:
+        vocab_size = open_data(config.data, "val")[1]["vocab_size"]
+    except DataError:
+        vocab_size = 50257
     with torch.device("meta"):
         model = GPT(GPTConfig(vocab_size=vocab_size, **{key: getattr(config, key) for key in ("block_size", *SHAPE)}))
     micro = config.micro_batch_size or config.batch_size // gpus
     tokens_per_step = config.batch_size * config.block_size
     flops = model.flops_per_token(config.block_size)
     steps = config.max_steps or (config.max_tokens and math.ceil(config.max_tokens / tokens_per_step))
-    print(f"{name} on {gpus} GPU{'s' * (gpus > 1)}: {model.num_params() / 1e6:,.1f}M parameters, {flops / 1e9:.2f} GFLOPs per token, "
-          f"{tokens_per_step:,} tokens per step: {config.batch_size // (gpus * micro)} micro batches of {micro} x "
+    print(f"{name} on {gpus} GPU{'s' * (gpus > 1)}: {model.num_params() / 1e6:,.1f}M parameters, a vocabulary of "
+          f"{vocab_size:,}, {flops / 1e9:.2f} GFLOPs per token, {tokens_per_step:,} tokens per step: "
+          f"{config.batch_size // (gpus * micro)} micro batches of {micro} x "
           f"{config.block_size} on each GPU\n\n| memory per GPU | GB |\n|---|---|")
     parts = memory_by_part(model, config, micro, gpus)
     for part, size in {**parts, "together": sum(parts.values())}.items():
@@ -500,7 +577,8 @@ def plan(config, name, gpus):
     if steps:
         total = steps * tokens_per_step * flops
         print(f"\n{steps:,} steps, {steps * tokens_per_step / 1e9:.1f}B tokens, {total:.2e} FLOPs; by what each GPU "
-              "reaches of them a second (MFU times its measured matmul peak):\n\n| TFLOP/s per GPU | hours |\n|---|---|")
+              "reaches of them a second (MFU times its measured matmul peak):\n\n| TFLOP/s per GPU | hours |\n"
+              "|---|---|")
         for speed in (100, 200, 300, 400):
             print(f"| {speed} | {total / (speed * 1e12 * gpus) / 3600:,.0f} |")
 
@@ -562,19 +640,23 @@ def main(argv):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
 
     # data
-    train_path, val_path = (os.path.join(config.data, f"{side}.bin") for side in ("train", "val"))
-    train_tokens, meta = open_bin(train_path)
-    val_tokens, _ = open_bin(val_path)
-    loader = Loader(train_tokens, config.block_size, config.batch_size, config.seed, train_path)
-    count_blocks(val_tokens, config.block_size, val_path)
+    sources, meta = open_data(config.data, "train")
+    val_sources, _ = open_data(config.data, "val")
+    shares = list(config.data.values()) if isinstance(config.data, dict) else [1.0]
+    loader = Loader([Blocks(bins, config.block_size, name) for name, bins in sources.items()], apportion(shares),
+                    config.batch_size, config.seed)
+    n_blocks = sum(map(len, loader.sources))
+    eval_block_size = config.eval_block_size or config.block_size
+    val_blocks = [Blocks(bins, eval_block_size, f"{name}, validation").spread(config.eval_tokens)
+                  for name, bins in val_sources.items()]
     tokenizer = get_tokenizer(meta["tokenizer"])
-    bytes_of = token_bytes(tokenizer)
-    fingerprint = meta["splits"]["train"]["sha256"]
+    weights = loader.counts / GROUP
+    bytes_per_token = weights @ [token_bytes(tokenizer)[rows[:, 1:]].mean() for rows in val_blocks]
     tokens_per_step = config.batch_size * config.block_size
     max_steps = math.ceil(min(
         config.max_steps or math.inf,
         (config.max_tokens or math.inf) / tokens_per_step,
-        (config.max_epochs or math.inf) * loader.n_blocks / config.batch_size))
+        (config.max_epochs or math.inf) * n_blocks / config.batch_size))
 
     # the model, new or where its last run stopped
     path = os.path.join(config.out_dir, name)
@@ -589,14 +671,17 @@ def main(argv):
             if key in given and state["config"][key] != getattr(config, key):
                 raise ConfigError(f"{path}.state.pt: {key} was {state['config'][key]}, now it is "
                                   f"{getattr(config, key)}; pass --resume=false to start over")
-        if state["fingerprint"] != fingerprint:
-            raise ConfigError(f"{path}.state.pt: trained on other data than {train_path} holds now; pass "
+        if (state["fingerprint"], state["counts"]) != (meta["fingerprint"], loader.counts.tolist()):
+            raise ConfigError(f"{path}.state.pt: trained on other data than {config.data} holds now; pass "
                               "--resume=false to start over")
         model, lineage = GPT(GPTConfig(**state["model_config"])), state["lineage"]
         model.load_state_dict(state["model"])
         model.config.dropout = config.dropout
     else:
         model, lineage = make_model(config, given, meta)
+    if model.wpe is not None and eval_block_size > config.block_size:
+        raise ConfigError(f"eval_block_size = {eval_block_size}: learned positions end at block_size = "
+                          f"{config.block_size}; a longer context takes pos = alibi")
     model.to(device).train()
     model.checkpointing = config.checkpoint
     optimizer = make_optimizer(model, config)
@@ -630,9 +715,9 @@ def main(argv):
                                          gradient_as_bucket_view=True)      # gradients live once
 
     say(f"{name}: {model.num_params() / 1e6:.1f}M parameters, {meta['tokenizer']} tokens, "
-        f"{len(train_tokens):,} for training from {config.data}")
+        f"{sum(len(tokens) for bins in sources.values() for tokens in bins):,} for training from {config.data}")
     say(f"{world} process{'es' * (world > 1)} on {device.type}, {dtype} ({why}), {max_steps} steps of "
-        f"{tokens_per_step:,} tokens, {max_steps * config.batch_size / loader.n_blocks:.2f} epochs")
+        f"{tokens_per_step:,} tokens, {max_steps * config.batch_size / n_blocks:.2f} epochs")
     if state:
         say(f"going on from {path}.state.pt at step {step}; --resume=false starts over")
     log = None
@@ -641,7 +726,7 @@ def main(argv):
         log = Log(f"{path}.jsonl", dict(
             config=asdict(config), parameters=model.num_params(), dtype=dtype, world=world, versions=versions,
             device=torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or device.type,
-            commit=commit(), data=fingerprint, lineage=lineage), step)
+            commit=commit(), data=meta["fingerprint"], lineage=lineage), step)
 
     # SIGINT and SIGTERM: finish the step, save, leave
     stop = []
@@ -656,28 +741,37 @@ def main(argv):
                 atomic_save(dict(model=model.state_dict(), model_config=asdict(model.config), step=step, best=best,
                                  best_step=best_step, skips=skips, mean=mean, optimizer=optimizer.state_dict(),
                                  scaler=scaler.state_dict(), config=asdict(config), dtype=dtype,
-                                 fingerprint=fingerprint, lineage=lineage),
+                                 fingerprint=meta["fingerprint"], counts=loader.counts.tolist(), lineage=lineage),
                             f"{path}.state.pt")
 
     micro = config.micro_batch_size or config.batch_size // world
+    eval_batch_size = max(1, micro * config.block_size // eval_block_size)
     began, began_step = time.time(), step
     since, since_step = began, step
     stopping = False
     while not stopping:
         if step % config.eval_interval == 0 or step >= max_steps:       # its state is already saved
-            val_loss, targets = evaluate(model, val_tokens, config, autocast, rank, world, stop)
-            if val_loss is None:
+            losses = evaluate(model, val_blocks, eval_batch_size, autocast, rank, world, stop)
+            if losses is None:
                 stopping = True
                 continue
-            bits_per_byte = val_loss * len(targets) / math.log(2) / bytes_of[targets].sum()
+            val_loss = float(weights @ losses)
+            bits_per_byte = val_loss / math.log(2) / bytes_per_token
             say(f"step {step:6}   val loss {val_loss:.4f}   perplexity {perplexity(val_loss):,.2f}   "
                 f"bits per byte {bits_per_byte:.4f}")
+            by_source = {}
+            if len(sources) > 1:
+                epochs = loader.epochs(step)
+                by_source = dict(val_losses=dict(zip(sources, losses)), epochs=dict(zip(sources, epochs)))
+                for name, loss, epochs in zip(sources, losses, epochs):
+                    say(f"              val loss {loss:.4f}   {epochs:.2f} epochs   {name}")
             if master:
                 with full_disk_survived(path):
-                    log.write(step=step, tokens=step * tokens_per_step, val_loss=val_loss, bits_per_byte=bits_per_byte)
+                    log.write(step=step, tokens=step * tokens_per_step, val_loss=val_loss,
+                              bits_per_byte=bits_per_byte, **by_source)
                     if val_loss < best:
                         save(f"{path}.pt", model, step=step, tokens=step * tokens_per_step, val_loss=val_loss,
-                             tokenizer=meta["tokenizer"], data=config.data, fingerprint=fingerprint,
+                             tokenizer=meta["tokenizer"], data=config.data, fingerprint=meta["fingerprint"],
                              lineage=lineage)
                     log.plot(f"{path}.png")
             if val_loss < best:
@@ -734,33 +828,37 @@ def main(argv):
         say(f"stopped at step {step}; the same command " +
             (f"goes on from {path}.state.pt" if step else "starts over"))
     elif master:
-        start = torch.from_numpy(val_tokens[None, :32].astype(np.int64)).to(device)
+        start = torch.from_numpy(val_blocks[0][:1, :32].astype(np.int64)).to(device)
         generator = torch.Generator(device).manual_seed(config.seed)
         with autocast:
             sample = model.eval().generate(start, 400, temperature=0.8, generator=generator)[0].tolist()
-        words = max(1, count_words(targets, tokenizer))
+        tokens = [rows[:, 1:].size for rows in val_blocks]
+        words = [count_words(rows[:, 1:].ravel(), tokenizer) for rows in val_blocks]
+        words_per_token = max(1e-9, weights @ np.divide(words, tokens))
         train_loss = next((r["loss"] for r in reversed(log.records) if "loss" in r), math.nan)
-        epochs = config.batch_size / loader.n_blocks
-        say(f"\na sample, 400 tokens after the first 32 of {val_path}:\n\n{tokenizer.decode(sample)}\n\n"
-            f"on {len(targets):,} of {len(val_tokens):,} tokens for validation, {words:,} words, "
-            f"{bits_per_byte:.4f} bits per byte:\n\n"
+        epochs = config.batch_size / n_blocks
+        say(f"\na sample, 400 tokens after the first {start.size(1)} for validation:\n\n{tokenizer.decode(sample)}\n\n"
+            f"on {sum(tokens):,} tokens for validation, {sum(words):,} words, {bits_per_byte:.4f} bits per byte"
+            f"{f', context {eval_block_size}' * (eval_block_size != config.block_size)}:\n\n"
             "| context | model | train loss | val loss | val ppl | adj val ppl | best epoch | run |\n|---|---|---|---|"
             f"---|---|---|---|\n| {config.block_size} | {config.init_from or f'{model.num_params() / 1e6:.1f}M'} | "
             f"{train_loss:.4f} | {val_loss:.4f} | {perplexity(val_loss):,.2f} | "
-            f"{perplexity(val_loss * len(targets) / words):,.2f} | {best_step * epochs:.2f} of {step * epochs:.2f} | "
-            f"{path} |\n\ncheckpoint {path}.pt\nlog        {path}.jsonl\ncurve      {path}.png")
+            f"{perplexity(val_loss / words_per_token):,.2f} | {best_step * epochs:.2f} of {step * epochs:.2f} | {path} |"
+            f"\n\ncheckpoint {path}.pt\nlog        {path}.jsonl\ncurve      {path}.png")
     if mean_at and not stopping:
         if master:
             model.load_state_dict(mean)
         for p in model.parameters() if distributed else ():
             dist.broadcast(p.data, 0)
-        mean_loss, _ = evaluate(model, val_tokens, config, autocast, rank, world)
+        mean_loss = float(weights @ evaluate(model, val_blocks, eval_batch_size, autocast, rank, world))
         say(f"mean of the weights at steps {', '.join(map(str, mean_at))}: val loss {mean_loss:.4f} (the last alone "
             f"{val_loss:.4f}), {path}.avg.pt")
         if master:
             with full_disk_survived(f"{path}.avg.pt"):
                 save(f"{path}.avg.pt", model, step=step, tokens=step * tokens_per_step, val_loss=mean_loss,
-                     tokenizer=meta["tokenizer"], data=config.data, fingerprint=fingerprint, lineage=lineage)
+                     tokenizer=meta["tokenizer"], data=config.data, fingerprint=meta["fingerprint"], lineage=lineage)
+    if log and log.wandb:
+        log.wandb.finish()
     if distributed:
         dist.barrier()      # a rank that leaves early takes its connections away from the others
         dist.destroy_process_group()

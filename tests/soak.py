@@ -1,6 +1,7 @@
 """A run killed (SIGKILL) again and again at random moments, beside the same run left alone.
 
     python tests/soak.py --kills 50
+    python tests/soak.py --kills 20 --processes 2       each time one of them, drawn by lot; torchrun ends the other
 
 After every kill each checkpoint on disk must load; at the end weights, optimizer state and log must
 be those of the run left alone, bit for bit. A kill can fall into the start, a step, an evaluation
@@ -12,6 +13,7 @@ import json
 import os
 import platform
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -45,10 +47,26 @@ pos = "alibi"
 """
 
 
-def start(folder, out):
-    return subprocess.Popen([sys.executable, ROOT / "train.py", folder / "soak.py", f"--out_dir={out}"],
+def start(folder, out, processes):
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    return subprocess.Popen([sys.executable, *launcher, ROOT / "train.py", folder / "soak.py", f"--out_dir={out}"],
                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
                             env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def kill(process, processes, lots):
+    """SIGKILL the run, or one rank of it; returns the seconds until all of it is gone."""
+    began = time.time()
+    if processes == 1:
+        process.kill()
+    else:
+        ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        if ranks:       # else torchrun has not come so far
+            os.kill(int(lots.choice(ranks)), signal.SIGKILL)
+        else:
+            process.kill()
+    process.communicate()
+    return time.time() - began
 
 
 def same(a, b):
@@ -73,6 +91,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     moments = random.Random(args.seed)
@@ -81,18 +100,17 @@ def main():
         prepare.prepare(["python"], str(folder / "data"), "bytes", 0.05)
         (folder / "soak.py").write_text(CONFIG.format(data=folder / "data", steps=args.steps))
         began = time.time()
-        assert start(folder, folder / "alone").wait() == 0
+        assert start(folder, folder / "alone", args.processes).wait() == 0
         alone = time.time() - began
         state = folder / "killed/soak.state.pt"
-        kills, corrupt, startup, reached = 0, 0, 0, collections.Counter()
+        kills, corrupt, startup, longest, reached = 0, 0, 0, 0, collections.Counter()
         while kills < args.kills:
-            process = start(folder, folder / "killed")
+            process = start(folder, folder / "killed", args.processes)
             try:
-                process.wait(timeout=moments.uniform(2, 6))
+                process.wait(timeout=moments.uniform(2, 6) if args.processes == 1 else moments.uniform(4, 20))
                 sys.exit(f"the run ended after {kills} kills: give it more --steps\n{process.stderr.read()}")
             except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+                longest = max(longest, kill(process, args.processes, moments))
             kills += 1
             for path in (folder / "killed").glob("*.pt"):
                 try:
@@ -103,15 +121,16 @@ def main():
             startup += not state.exists()
             leftovers = [path.name for path in (folder / "killed").glob("*.tmp")]
             reached["while writing a file" if leftovers else "elsewhere"] += 1
-        last = start(folder, folder / "killed")
+        last = start(folder, folder / "killed", args.processes)
         _, errors = last.communicate()
         assert last.returncode == 0, errors
         equal = {name: same(*(contents(folder / run / name) for run in ("alone", "killed")))
                  for name in ("soak.pt", "soak.state.pt")}
         equal["soak.jsonl"] = log(folder / "alone/soak.jsonl") == log(folder / "killed/soak.jsonl")
-        print(f"torch {torch.__version__}, Python {platform.python_version()}; {args.steps} steps, "
-              f"{alone:.0f} s left alone\n\n| | |\n|---|---|\n| kills | {kills} |\n| of them before the first "
+        print(f"torch {torch.__version__}, Python {platform.python_version()}; {args.processes} process(es), "
+              f"{args.steps} steps, {alone:.0f} s left alone\n\n| | |\n|---|---|\n| kills | {kills} |\n| of them before the first "
               f"checkpoint | {startup} |\n| of them while a file was being written | {reached['while writing a file']} |\n"
+              f"| longest time from a kill to the end of all processes | {longest:.1f} s |\n"
               f"| checkpoints that did not load | {corrupt} |")
         for name, answer in equal.items():
             print(f"| {name} equal to the run left alone | {answer} |")

@@ -1,16 +1,25 @@
+import bz2
 import gzip
 import hashlib
 import json
+import lzma
 import os
+import random
+import signal
 import subprocess
+import sys
 import sysconfig
+import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import requests
 import tiktoken
-from conftest import write_corpus
+from conftest import ROOT, write_corpus
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import prepare as p
 from prepare import DataError, get_tokenizer, open_bin, token_bytes
@@ -157,6 +166,320 @@ def test_nanogpts_bins_are_read(tmp_path, capsys):
     assert "no meta.json" in capsys.readouterr().out
 
 
+# ---- sources and formats
+
+
+def sentences(seed, n):
+    """n words of text that repeats nothing by accident."""
+    words = random.Random(seed)
+    return " ".join("".join(words.choices("abcdefghijklmnopqrstuvwxyz", k=words.randint(3, 9))) for _ in range(n))
+
+
+TEXTS = [f"{sentences(i, 40)}\r\n\0 é {i}\n" for i in range(6)]
+
+
+def written_as(kind, folder):
+    lines = "".join(json.dumps({"body": text, "text": 3}) + "\r\n" for text in TEXTS).encode()
+    if kind == "parquet":
+        parquet = pytest.importorskip("pyarrow.parquet")
+        import pyarrow
+        parquet.write_table(pyarrow.table({"body": TEXTS, "id": list(range(6))}), folder / "a.parquet")
+    elif kind == "zst":
+        (folder / "a.jsonl.zst").write_bytes(pytest.importorskip("backports.zstd").compress(lines))
+    else:
+        compress = {"jsonl": bytes, "gz": gzip.compress, "xz": lzma.compress, "bz2": bz2.compress}[kind]
+        (folder / ("a.jsonl" + f".{kind}" * (kind != "jsonl"))).write_bytes(compress(lines))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "gz", "xz", "bz2", "zst", "parquet"])
+def test_every_format_holds_the_same_documents(kind, tmp_path):
+    written_as(kind, tmp_path)
+    p.prepare([str(tmp_path / "a*")], str(tmp_path / "out"), "bytes", 0.3, field="body")
+    found = [documents_of(tmp_path / "out" / f"{side}.bin") for side in ("train", "val")]
+    assert sorted(found[0] + found[1]) == sorted(TEXTS) and found[0] and found[1]
+
+
+@pytest.mark.parametrize("kind", ["gz", "xz", "bz2", "zst"])
+def test_files_cut_short_are_refused(kind, tmp_path):
+    written_as(kind, tmp_path)
+    path = next(tmp_path.iterdir())
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(DataError, match=f"not a whole {kind} file"):
+        p.prepare([str(path)], str(tmp_path / "out"), "bytes", 0.3, field="body")
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("data, expected", [(b"one text\nof two lines\n" * 3, ["one text\nof two lines\n" * 3]),
+                                            (b'{"text": "a"}\n{"text": "b"}\n', ["a", "b"])])
+def test_standard_input_is_a_text_or_lines_of_json(data, expected, tmp_path):
+    words = ["-", "--out", "out", "--tokenizer=bytes", "--val_fraction=0.4"]
+    subprocess.run([sys.executable, ROOT / "prepare.py", *words], input=data, cwd=tmp_path, check=True, capture_output=True)
+    found = [documents_of(tmp_path / "out" / f"{side}.bin") for side in ("train", "val")]
+    assert "".join(sorted(found[0]) + sorted(found[1])) == "".join(expected) or sorted(found[0] + found[1]) == expected
+
+
+def test_bad_lines_are_skipped_and_counted_when_asked(tmp_path, run, refused):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "first \xff"}\n{"text": 3}\n[]\n{"text": "\\ud800"}\n'
+                                       b'{"text": "last"}\n{"text": "cut')
+    words = ["prepare.py", "a.jsonl", "--out", "out", "--tokenizer=bytes"]
+    assert "not UTF-8 at byte 16" in refused(*words, cwd=tmp_path)
+    assert "a.jsonl, line 2" in refused(*words, "--errors=replace", cwd=tmp_path)
+    result = run(*words, "--errors=replace", "--skip_bad", cwd=tmp_path)
+    assert "4 bad lines, 1 not UTF-8" in result.stdout, result.stderr
+    found = [documents_of(tmp_path / "out" / f"{side}.bin") for side in ("train", "val")]
+    assert sorted(found[0] + found[1]) == ["first \ufffd", "last"]
+
+
+def test_list_names_every_corpus(tmp_path, run):
+    result = run("prepare.py", "--list", cwd=tmp_path)
+    for name in ("python", "shakespeare", "wikitext-2", "wikitext-103", "openwebtext", "fineweb-edu-10B", "pg19",
+                 "pile"):
+        assert f"\n{name} " in f"\n{result.stdout}"
+
+
+HUB = """
+import os, shutil
+from types import SimpleNamespace as Entry
+class HfApi:
+    def list_repo_tree(self, repo_id, repo_type, revision, path_in_repo):
+        assert (repo_id, repo_type, path_in_repo) == ("monology/pile-uncopyrighted", "dataset", "train")
+        return [Entry(path="train/00.jsonl.zst", lfs=Entry(sha256=os.environ["SHA256"])),
+                Entry(path="train/x.md", lfs=None)]
+def hf_hub_download(repo_id, repo_type, revision, filename, local_dir):
+    if os.environ["SHA256"] == "none": raise OSError("unreachable")
+    os.makedirs(local_dir / ".cache", exist_ok=True)
+    os.makedirs(local_dir / "train", exist_ok=True)
+    return shutil.copy("there.zst", local_dir / filename)
+"""
+
+
+def test_corpora_of_the_hub_are_checked_by_what_it_lists(tmp_path):
+    """On a stand-in for huggingface_hub; of the Pile, one component."""
+    zstd = pytest.importorskip("backports.zstd")
+    lines = [json.dumps({"text": f"{sentences(i, 30)}", "meta": {"pile_set_name": "ArXiv" if i % 3 else "Github"}})
+             for i in range(60)]
+    (tmp_path / "there.zst").write_bytes(zstd.compress("\n".join(lines).encode()))
+    (tmp_path / "huggingface_hub.py").write_text(HUB)
+
+    def prepare(sha256):
+        env = {**os.environ, "PYTHONPATH": str(tmp_path), "SHA256": sha256}
+        return subprocess.run([sys.executable, ROOT / "prepare.py", "pile:ArXiv", "--out", "out", "--tokenizer=bytes"],
+                              cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert "not the file that monology/pile-uncopyrighted lists" in prepare("0" * 64).stderr
+    assert not list((tmp_path / "data/raw/pile").rglob("*.zst")) and not list((tmp_path / "out").iterdir())
+    line = prepare("none").stderr.splitlines()[-1]
+    assert "unreachable" in line and "into data/raw/pile" in line
+    result = prepare(hashlib.sha256((tmp_path / "there.zst").read_bytes()).hexdigest())
+    assert result.returncode == 0, result.stderr
+    found = documents_of(tmp_path / "out/train.bin") + documents_of(tmp_path / "out/val.bin")
+    assert sorted(found) == sorted(sentences(i, 30) for i in range(60) if i % 3)
+    assert prepare("none").returncode == 0      # what is there is not downloaded again
+
+
+# ---- the same bytes, always
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.text(min_size=1), min_size=2, max_size=30), st.sampled_from(["bytes", "gpt2"]))
+def test_tokens_decode_to_the_documents_exact_bytes(texts, tokenizer):
+    encoding = gpt2() if tokenizer == "gpt2" else get_tokenizer("bytes")
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        p.prepare([f"{folder}/a.jsonl"], folder, tokenizer, 0.3, keep_duplicates=True)
+        found = []
+        for side in ("train", "val"):
+            tokens = np.fromfile(f"{folder}/{side}.bin", "<u2")
+            for document in np.split(tokens, np.flatnonzero(tokens == encoding.eot_token) + 1)[:-1]:
+                found.append(encoding.decode_bytes(document[:-1].tolist()))
+    assert sorted(found) == sorted(text.encode() for text in texts)
+
+
+@pytest.fixture
+def corpus(tmp_path, monkeypatch):
+    """Some thousand short documents, a few of them twice; and batches so small that there are many."""
+    monkeypatch.setattr(p, "BATCH", 2000)
+    monkeypatch.setattr(p, "COMMIT", 20000)
+    lines = [json.dumps({"text": sentences(i % 1400, 20)}) + "\n" for i in range(1500)]
+    (tmp_path / "a.jsonl").write_text("".join(lines))
+    p.prepare([str(tmp_path / "a.jsonl")], str(tmp_path / "whole"), "bytes", 0.1, workers=1)
+    return tmp_path
+
+
+def same_bins(a, b):
+    return all((a / name).read_bytes() == (b / name).read_bytes() for name in ("train.bin", "val.bin"))
+
+
+def test_the_number_of_workers_changes_no_byte(corpus):
+    for workers in (2, 3):
+        p.prepare([str(corpus / "a.jsonl")], str(corpus / "out"), "bytes", 0.1, workers=workers)
+        assert same_bins(corpus / "out", corpus / "whole")
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(corpus, monkeypatch):
+    monkeypatch.setattr(p, "digest", lambda batch, digest=p.digest: (time.sleep(0.01), digest(batch))[1])
+    moments, killed = random.Random(0), 0
+    for _ in range(50):
+        pid = os.fork()
+        if pid == 0:
+            p.prepare([str(corpus / "a.jsonl")], str(corpus / "out"), "bytes", 0.1, workers=1, resume=True)
+            os._exit(0)
+        time.sleep(moments.uniform(0.05, 0.5))
+        os.kill(pid, signal.SIGKILL)
+        if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0:
+            break
+        killed += 1
+    assert 2 <= killed < 50 and same_bins(corpus / "out", corpus / "whole")
+    assert sorted(f.name for f in (corpus / "out").iterdir()) == ["meta.json", "train.bin", "val.bin"]
+
+
+def test_resume_skips_what_is_done_and_refuses_other_options(corpus, refused, run):
+    with open(corpus / "a.jsonl", "a") as f:
+        f.write("broken\n")
+    words = ["prepare.py", "a.jsonl", "--out", "out", "--tokenizer=bytes", "--val_fraction=0.1", "--workers=1"]
+    with pytest.raises(DataError):      # in this process, where batches are small
+        p.prepare([str(corpus / "a.jsonl")], str(corpus / "out"), "bytes", 0.1)
+    done = json.loads((corpus / "out/prepare.work/done.json").read_text())
+    assert 1400 < done["records"] < 1501
+    with pytest.raises(DataError, match="field was text, now it is body"):
+        p.prepare([str(corpus / "a.jsonl")], str(corpus / "out"), "bytes", 0.1, field="body", resume=True)
+    p.prepare([str(corpus / "a.jsonl")], str(corpus / "out"), "bytes", 0.1, resume=True, skip_bad=True)
+    assert same_bins(corpus / "out", corpus / "whole")
+    assert "a.jsonl, line 1501" in refused(*words, cwd=corpus)
+
+
+def test_a_long_document_in_pieces_has_the_tokens_of_the_whole(tmp_path, monkeypatch):
+    encoding = gpt2()
+    texts = ["".join(f"{sentences(i, 9)},  and\n\n    {i}'s  {'=' * i}\t \u3000{'é' * (i % 5)} " for i in range(60))
+             + str(k) for k in range(4)]
+    for i, text in enumerate(texts):
+        (tmp_path / f"{i}.txt").write_text(text, newline="")
+    (tmp_path / "all.jsonl").write_text("".join(json.dumps({"text": text[::-1]}) + "\n" for text in texts))
+    monkeypatch.setattr(p, "PIECE", 300)
+    p.prepare([str(tmp_path)], str(tmp_path / "out"), "gpt2", 0.4, keep_duplicates=True)
+    tokens = np.concatenate([np.fromfile(tmp_path / "out" / f"{side}.bin", "<u2") for side in ("train", "val")])
+    documents = np.split(tokens, np.flatnonzero(tokens == 50256) + 1)[:-1]
+    assert len(documents) == 8
+    by_text = {encoding.decode(d[:-1].tolist()): d[:-1].tolist() for d in documents}
+    assert by_text == {text: encoding.encode_ordinary(text) for t in texts for text in (t, t[::-1])}
+
+    (tmp_path / "dense.txt").write_text("日本語" * 500)       # nowhere to cut but between characters
+    p.prepare([str(tmp_path / "dense.txt")], str(tmp_path / "out"), "bytes", 0.1, keep_duplicates=True)
+    found = documents_of(tmp_path / "out/train.bin") + documents_of(tmp_path / "out/val.bin")
+    assert "".join(found) == "日本語" * 500
+
+
+def test_shards_are_read_as_one(corpus):
+    meta = p.prepare([str(corpus / "a.jsonl")], str(corpus / "out"), "bytes", 0.1, shard_tokens=50000)
+    names = sorted(f.stem for f in (corpus / "out").glob("train*.bin"))
+    assert len(names) > 3 and names == [f"train-{i:05}" for i in range(len(names))] and set(names) < set(meta["splits"])
+    sources, _ = p.open_data(str(corpus / "out"), "train")
+    (bins,) = sources.values()
+    assert np.array_equal(np.concatenate(bins), np.fromfile(corpus / "whole/train.bin", "<u2"))
+    assert all(tokens[-1] == EOT and len(tokens) < 51000 for tokens in bins)
+    p.prepare([str(corpus / "a.jsonl")], str(corpus / "out"), "bytes", 0.1)         # the old shards go
+    assert sorted(f.name for f in (corpus / "out").iterdir()) == ["meta.json", "train.bin", "val.bin"]
+
+
+def test_a_corpus_larger_than_the_memory_it_may_use(tmp_path):
+    """120 MB, 100,000 documents, in a process that may have 100 MB above what it needs for a small one."""
+    line = json.dumps({"text": sentences(1, 180)}) + "\n"
+    for name, n in (("a.jsonl", 100_000), ("b.jsonl", 100)):
+        with open(tmp_path / name, "w") as f:
+            f.writelines(line.replace('": "', f'": "{i} ', 1) for i in range(n))
+    peak = "import resource, prepare as p; p.prepare({!r}, 'out', 'bytes', 0.05, keep_duplicates=True); " \
+           "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    peaks = [int(subprocess.run([sys.executable, "-c", peak.format([name])], cwd=tmp_path, check=True, text=True,
+                                env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True).stdout)
+             for name in ("b.jsonl", "a.jsonl")]
+    assert (tmp_path / "a.jsonl").stat().st_size > 120e6 and peaks[1] - peaks[0] < 100_000       # KiB
+
+
+# ---- what is left out
+
+
+def test_repeated_documents_are_left_out(tmp_path):
+    """Once as it is, once re-wrapped and re-punctuated, once in another source; and near ones by how near."""
+    base = [sentences(i, 400).split() for i in range(300)]
+    lines, near = [" ".join(words) for words in base], {}
+    for i, words in enumerate(base):        # the last n words are others: of 396 5-grams n differ on either side
+        n = (0, 20, 80, 200)[i % 4]
+        near[i] = " ".join(words[:400 - n] + sentences(1000 + i, n).split())
+        lines.append(near[i].replace(" ", " \n", 3).title() + "!")
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in lines))
+    (tmp_path / "b.txt").write_text(lines[7])
+    meta = p.prepare([str(tmp_path / "a.jsonl"), str(tmp_path / "b.txt")], str(tmp_path / "out"), "bytes", 0.05)
+    kept = set(documents_of(tmp_path / "out/train.bin") + documents_of(tmp_path / "out/val.bin"))
+    assert set(lines[:300]) <= kept         # the first of each stays
+    gone = [(0, 20, 80, 200)[i % 4] for i in range(300) if lines[300 + i] not in kept]
+    # Jaccard 1, 376/416 = 0.90, 316/476 = 0.66 and 0.33: precision is exact, recall at 0.90 by the bands 0.9999
+    assert (gone.count(0), gone.count(20), gone.count(80), gone.count(200)) == (75, 75, 0, 0)
+    assert [source["duplicates"] for source in meta["sources"]] == [150, 1]
+    assert len(meta["examples"]["duplicates"]) == 10
+    p.prepare([str(tmp_path / "a.jsonl")], str(tmp_path / "out"), "bytes", 0.05, keep_duplicates=True)
+    assert len(documents_of(tmp_path / "out/train.bin") + documents_of(tmp_path / "out/val.bin")) == 600
+
+
+def test_a_corpus_with_its_own_split_keeps_its_documents(tmp_path, monkeypatch):
+    """But another source does not bring them in again."""
+    monkeypatch.setattr(p, "DOWNLOADS", tmp_path / "raw")
+    text = sentences(3, 900)
+    (tmp_path / "raw" / "shakespeare").mkdir(parents=True)
+    (tmp_path / "raw" / "shakespeare" / "input.txt").write_text(text)
+    lines = [text[int(len(text) * 0.9):], *(sentences(i, 30) for i in range(50, 80))]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    p.prepare([str(tmp_path / "a.jsonl"), "shakespeare"], str(tmp_path / "out"), "bytes", 0.1)
+    train, val = documents_of(tmp_path / "out/train.bin"), documents_of(tmp_path / "out/val.bin")
+    assert lines[0] in val and lines[0] not in train
+    assert sorted(train + val) == sorted([text[:int(len(text) * 0.9)], *lines])
+
+
+@pytest.fixture
+def test_set(tmp_path):
+    """A folder with a LAMBADA of 40 items of 70 words."""
+    items = [sentences(5000 + i, 70) for i in range(40)]
+    (tmp_path / "sets/lambada").mkdir(parents=True)
+    (tmp_path / "sets/lambada/lambada_test.jsonl").write_text("".join(json.dumps({"text": i}) + "\n" for i in items))
+    return items
+
+
+def test_planted_test_items_are_cut_and_nothing_else(tmp_path, test_set):
+    """Some whole, some in part, re-wrapped and re-punctuated; a document full of them goes altogether."""
+    clean = [sentences(i, 300) for i in range(100)]
+    lines = list(clean)
+    for i, item in enumerate(test_set[:30]):
+        if i % 3 == 1:
+            item = " ".join(item.split()[20:34])        # 14 words of it
+        if i % 3 == 2:
+            item = item.replace(" ", ",\n  ", 30).upper()
+        lines[i] = clean[i][:1000] + f" {item} " + clean[i][1000:]
+    lines.append(" ".join(f"{item} {sentences(200 + i, 90)}" for i, item in enumerate(test_set[:15])))
+    twelve = lines[50] = clean[50] + " " + " ".join(test_set[31].split()[:12])      # too little to tell
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    meta = p.prepare([str(tmp_path / "a.jsonl")], str(tmp_path / "out"), "bytes", 0.1, decontaminate=["lambada"],
+                     eval_data=str(tmp_path / "sets"), keep_duplicates=True)
+    found = documents_of(tmp_path / "out/train.bin") + documents_of(tmp_path / "out/val.bin")
+    expected = [*clean[30:50], twelve, *clean[51:]]
+    for text in clean[:30]:         # 200 characters less on both sides; the space before the item is the last of them
+        expected += [text[:1000 - 199], text[1000 + 199:]]
+    assert sorted(found) == sorted(expected)
+    assert meta["sources"][0]["contaminated"] == 31 and len(meta["examples"]["contaminated"]) == 10
+    assert ["lambada", 0] in meta["examples"]["contaminated"][0][1]
+
+    meta = p.prepare([str(tmp_path / "a.jsonl")], str(tmp_path / "out"), "bytes", 0.1, keep_duplicates=True,
+                     decontaminate=[str(tmp_path / "sets/lambada/lambada_test.jsonl")])        # the same as any file
+    again = documents_of(tmp_path / "out/train.bin") + documents_of(tmp_path / "out/val.bin")
+    assert sorted(again) == sorted(found)
+
+
+def test_wrong_test_sets_are_refused(tmp_path, refused):
+    (tmp_path / "a.txt").write_text(sentences(1, 100))
+    words = ["prepare.py", "a.txt", "--out", "out", "--tokenizer=bytes"]
+    assert "lambda" in refused(*words, "--decontaminate=lambda", cwd=tmp_path)
+    assert "lambada_test.jsonl: no such file" in refused(*words, "--decontaminate=lambada", "--eval_data=.",
+                                                         cwd=tmp_path)
+    assert sorted(f.name for f in tmp_path.iterdir()) in (["a.txt"], ["a.txt", "out"])
+
+
 # ---- what bad input gets: one line, status 1, and what was there before stays
 
 
@@ -174,8 +497,8 @@ BAD = {     # files, expected words in the message
     "no text field": ({"a.jsonl": b'{"body": "x"}\n'}, "a.jsonl, line 1"),
     "text is no string": ({"a.jsonl": b'{"text": 3}\n'}, "a.jsonl, line 1"),
     "half a surrogate pair": ({"a.jsonl": b'{"text": "\\ud800"}\n'}, "a.jsonl, line 1"),
-    "truncated gz": ({"a.txt.gz": gzip.compress(b"hello" * 1000)[:-9]}, "a.txt.gz: not a whole gzip"),
-    "no gz at all": ({"a.txt.gz": b"hello"}, "a.txt.gz: not a whole gzip"),
+    "truncated gz": ({"a.txt.gz": gzip.compress(b"hello" * 1000)[:-9]}, "a.txt.gz: not a whole gz file"),
+    "no gz at all": ({"a.txt.gz": b"hello"}, "a.txt.gz: not a whole gz file"),
     "empty": ({"a.txt": b""}, "no text"),
     "nothing there": ({"a.csv": b"x"}, "no .txt"),
 }
@@ -198,7 +521,10 @@ def test_bad_words(tmp_path, refused):
     assert '"bytes"' in refused("prepare.py", "python", "--out", "out", "--tokenizer", "bites", cwd=tmp_path)
     assert "did you mean --tokenizer?" in refused("prepare.py", "python", "--out", "out", "--tokeniser=bytes",
                                                   cwd=tmp_path)
-    assert "required: --out" in refused("prepare.py", "python", cwd=tmp_path)
+    assert "--out DIR" in refused("prepare.py", "python", cwd=tmp_path)
+    assert "did you mean openwebtext?" in refused("prepare.py", "openwebtxt", "--out", "out", "--tokenizer=bytes",
+                                                      cwd=tmp_path)
+    assert "--workers=0" in refused("prepare.py", "python", "--out", "out", "--workers=0", cwd=tmp_path)
     assert "--val_fraction" in refused("prepare.py", "python", "--out", "out", "--val_fraction", "2", cwd=tmp_path)
 
 
@@ -254,13 +580,14 @@ def test_a_corpus_is_downloaded_once_and_checked(monkeypatch, tmp_path):
 
 def test_a_killed_run_leaves_no_half_written_bin(tmp_path, monkeypatch):
     folder = write_corpus(tmp_path / "text")
-    monkeypatch.setattr(os, "replace", lambda *_: os._exit(9))      # dies with all written, none renamed
+    replace = os.replace        # dies with all written, none renamed
+    monkeypatch.setattr(os, "replace", lambda a, b: os._exit(9) if str(b).endswith(".bin") else replace(a, b))
     pid = os.fork()
     if pid == 0:
         p.prepare([str(folder)], str(tmp_path / "out"), "bytes", 0.1)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
-    assert not [f.name for f in (tmp_path / "out").iterdir() if not f.name.endswith(".tmp")]
+    assert not [f.name for f in (tmp_path / "out").iterdir() if f.suffix != ".tmp" and f.name != "prepare.work"]
 
 
 def test_damaged_bins_are_refused(tmp_path, existing):

@@ -1,7 +1,9 @@
+import importlib.util
 import json
 import math
 import os
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, write_corpus
 from functorch.compile import min_cut_rematerialization_partition
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import BackendCompilerFailed
@@ -24,7 +26,7 @@ import model as m
 import prepare
 import train as t
 from model import GPT, GPTConfig
-from train import Config, ConfigError, Loader, configure, learning_rate, make_optimizer, train_step
+from train import Blocks, Config, ConfigError, Loader, apportion, configure, learning_rate, make_optimizer, train_step
 
 NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
 
@@ -78,6 +80,7 @@ WRONG = [   # words after the config file, what the message must contain
     (["--n_embd=33"], ["n_embd=33", "n_head=2"]),
     (["--max_steps=none"], ["max_steps, max_tokens or max_epochs"]),
     (["--data="], ["data is not set"]),
+    (["--eval_block_size=0"], ["eval_block_size", "more than 0"]),
     (["--batch_size=8", "--micro_batch_size=3"], ["batch_size = 8", "micro_batch_size 3"]),
     (["--dropout=1.5"], ["dropout"]),
     (["--learning_rate=-1"], ["learning_rate = -1.0"]),
@@ -96,7 +99,8 @@ def test_wrong_words_are_refused_by_name(words, parts, tmp_path):
 @pytest.mark.parametrize("text, parts", [
     ("n_layers = 3", ["n_layers", "n_layer?"]), ("n_layer = '3'", ["n_layer", "'3'", "int"]),
     ("n_layer = True", ["n_layer", "int"]), ("n_layer = ", ["SyntaxError"]), ("import math", ["unknown key math"]),
-    ("n_layer = 1 / 0", ["ZeroDivisionError"])])
+    ("n_layer = 1 / 0", ["ZeroDivisionError"]), ("data = {'a': 0}", ["'a': 0", "share"]), ("data = {}", ["not set"]),
+    ("data = {'a': '1'}", ["'a': '1'"]), ("data = {'a': 1, 'b': 1e-4}", ["b", "one sample in 1000"])])
 def test_wrong_config_files_are_refused_by_name(text, parts, tmp_path):
     path = config_file(tmp_path, TINY + text)
     with pytest.raises(ConfigError) as e:
@@ -126,26 +130,58 @@ def test_configs_have_the_size_of_their_name(name, millions):
 
 
 def test_an_epoch_is_a_permutation_and_the_next_one_another():
-    tokens = np.arange(10 * 7 + 3, dtype=np.uint16)
-    loader = Loader(tokens, block_size=7, batch_size=5, seed=1, path="x")
+    blocks = Blocks([np.arange(10 * 7 + 3, dtype=np.uint16)], 7, "x")
+    loader = Loader([blocks], apportion([1]), batch_size=5, seed=1)
     batches = torch.cat([loader.batch(step) for step in range(4)])      # 20 samples: two epochs of 10
     starts = batches[:, 0].tolist()
     assert sorted(starts[:10]) == sorted(starts[10:]) == [7 * i for i in range(10)]
     assert starts[:10] != starts[10:] and starts[:10] != sorted(starts[:10])
     for row in batches:     # each block is 7 tokens and the target of the last
         assert row.tolist() == list(range(row[0], row[0] + 8))
-    other = Loader(tokens, block_size=7, batch_size=5, seed=2, path="x")
+    other = Loader([blocks], apportion([1]), batch_size=5, seed=2)
     assert not torch.equal(other.batch(0), loader.batch(0))
 
 
-def test_batches_do_not_depend_on_processes_or_history():
-    tokens = np.random.RandomState(0).randint(0, 9, 1000).astype(np.uint16)
-    loader = Loader(tokens, block_size=16, batch_size=8, seed=1, path="x")
-    in_order = [loader.batch(step) for step in range(20)]
-    for step in (19, 3, 11):        # a fresh loader, any step first
-        fresh = Loader(tokens, block_size=16, batch_size=8, seed=1, path="x")
+def mixture(batch_size=8, seed=1):
+    """Three sources whose tokens tell which is which: 40, 3 + 2 (in two bins) and 100 blocks of 16."""
+    bins = [[np.full(16 * 40 + 9, 1)], [np.full(16 * 3 + 1, 2), np.full(5, 2), np.full(16 * 2 + 1, 3)],
+            [np.full(16 * 100 + 1, 4)]]
+    sources = [Blocks([tokens.astype(np.uint16) for tokens in source], 16, "x") for source in bins]
+    return Loader(sources, apportion([3, 1, 2.005]), batch_size, seed)
+
+
+@pytest.mark.parametrize("make", [mixture, lambda: Loader(
+    [Blocks([np.random.RandomState(0).randint(0, 9, 1000).astype(np.uint16)], 16, "x")], apportion([1]), 8, 1)])
+def test_batches_do_not_depend_on_processes_or_history(make):
+    loader = make()
+    in_order = [loader.batch(step) for step in range(300)]
+    for step in (299, 3, 131):      # a fresh loader, any step first
+        fresh = make()
         for world in (1, 2, 8):
             assert torch.equal(torch.cat([fresh.batch(step, r, world) for r in range(world)]), in_order[step])
+
+
+def test_a_mixture_has_its_shares_and_every_block_of_a_source_once_an_epoch():
+    loader = mixture()
+    # by hand: 3, 1, 2.005 of 6.005 are 499.58, 166.53, 333.89 in 1000; the largest remainders go up
+    assert loader.counts.tolist() == [500, 166, 334]
+    seen = torch.cat([loader.batch(step) for step in range(250)])[:, 0]         # 2 groups
+    for group in seen.split(1000):
+        assert [int(((group == a) | (group == b)).sum()) for a, b in ((1, 1), (2, 3), (4, 4))] == [500, 166, 334]
+    for part in seen.split(100):        # and it is mixed all along
+        assert 30 < (part == 1).sum() < 70 and 15 < (part == 4).sum() < 55
+    small = seen[(seen == 2) | (seen == 3)]     # 5 blocks: 3 of one bin, 2 of the other, in each epoch
+    assert all(sorted(epoch.tolist()) == [2, 2, 2, 3, 3] for epoch in small[:330].split(5))
+    assert loader.epochs(250) == [2 * 500 / 40, 2 * 166 / 5, 2 * 334 / 100]
+    part = seen[:130 * 8]
+    assert loader.epochs(130) == [(part == 1).sum() / 40, (part % 4 > 1).sum() / 5, (part == 4).sum() / 100]
+
+
+@pytest.mark.parametrize("shares, counts", [
+    ([1, 1, 1], [334, 333, 333]), ([0.7, 0.3], [700, 300]), ([1, 10**9], [0, 1000]), ([2], [1000]),
+    ([0.1] * 7, [143, 143, 143, 143, 143, 143, 142])])
+def test_shares_become_whole_samples(shares, counts):
+    assert apportion(shares).tolist() == counts
 
 
 # ---- the step
@@ -207,17 +243,17 @@ def test_evaluate_covers_fixed_blocks_once_and_draws_nothing():
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=8, vocab_size=64, n_layer=1, n_head=2, n_embd=16, dropout=0.5))
     tokens = np.random.RandomState(0).randint(0, 64, 8 * 9 + 5).astype(np.uint16)
-    config = Config(block_size=8, batch_size=4, eval_tokens=10**6)
+    blocks = Blocks([tokens[:41], tokens[40:]], 8, "x")     # two bins: 5 blocks and 4
     before = torch.random.get_rng_state()
-    loss, targets = t.evaluate(model, tokens, config, nullcontext())
+    every, two = blocks.spread(10**6), blocks.spread(16)
+    loss, loss_of_two = t.evaluate(model, [every, two], 4, nullcontext())
     assert torch.equal(torch.random.get_rng_state(), before) and model.training
-    assert targets.tolist() == tokens[1:73].tolist()
+    assert every[:, 1:].ravel().tolist() == tokens[1:73].tolist()
     model.eval()
     losses = [model(torch.from_numpy(tokens[i:i + 8].astype("int64"))[None],
                     torch.from_numpy(tokens[i + 1:i + 9].astype("int64"))[None]).item() for i in range(0, 72, 8)]
     assert loss == pytest.approx(np.mean(losses), rel=1e-6)
-    config.eval_tokens = 16
-    assert t.evaluate(model, tokens, config, nullcontext())[0] == pytest.approx((losses[0] + losses[4]) / 2, rel=1e-6)
+    assert loss_of_two == pytest.approx((losses[0] + losses[4]) / 2, rel=1e-6)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -292,13 +328,6 @@ def test_a_step_that_is_not_finite_leaves_the_weights():
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_evaluation_ends_when_asked_to_stop():
-    model = GPT(GPTConfig(block_size=8, vocab_size=64, n_layer=1, n_head=2, n_embd=16))
-    tokens = np.zeros(100, np.uint16)
-    config = Config(block_size=8, batch_size=4)
-    assert t.evaluate(model, tokens, config, nullcontext(), stop=[True])[0] is None
-
-
 def test_the_plan_needs_no_gpu_and_no_data(run, tmp_path):
     """1.1B by hand: 36 x 12 x 1536^2 + 50304 x 1536 + norms = 1,096.6M parameters of 4 bytes."""
     result = run("train.py", str(ROOT / "configs/1.1B.py"), "--plan=8", "--zero=true", cwd=tmp_path)
@@ -365,6 +394,117 @@ def test_a_stopped_run_goes_on_bit_for_bit(at, workspace, run):
     for name in ("tiny.pt", "tiny.state.pt"):
         whole, parts = (torch.load(workspace / d / name, weights_only=True) for d in ("whole", "parts"))
         assert all(torch.equal(whole["model"][k], parts["model"][k]) for k in whole["model"])
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_sigterm_breaks_off_an_evaluation(world, workspace, tmp_path_factory):
+    """Sent to the last rank alone, as it evaluates after step 3: all end well, and the run goes on bit for bit."""
+    text = write_corpus(tmp_path_factory.mktemp("long") / "text", documents=400)
+    prepare.prepare([str(text)], str(workspace / "data/long"), "bytes", 0.9)
+    words = ["configs/tiny.py", "--data=data/long", "--max_steps=4", "--eval_tokens=1e9", "--compile=false"]
+    launch = [sys.executable, "-u", "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}",
+              str(ROOT / "train.py"), *words]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    assert subprocess.run([*launch, "--out_dir=whole"], cwd=workspace, env=env, capture_output=True).returncode == 0
+    agent = subprocess.Popen([*launch, "--out_dir=parts"], cwd=workspace, env=env, text=True, stdout=subprocess.PIPE)
+    for line in agent.stdout:
+        if line.startswith("step      3/"):
+            break
+    for child in Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split():
+        if f"RANK={world - 1}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
+            os.kill(int(child), signal.SIGTERM)
+    rest, _ = agent.communicate(timeout=120)
+    assert agent.returncode == 0 and "stopped at step 3" in rest and "val loss" not in rest
+    assert subprocess.run([*launch, "--out_dir=parts"], cwd=workspace, env=env, capture_output=True).returncode == 0
+    assert curve(workspace / "parts/tiny.jsonl") == curve(workspace / "whole/tiny.jsonl")
+    whole, parts = (m.load(str(workspace / d / "tiny.pt"))[0].state_dict() for d in ("whole", "parts"))
+    assert all(torch.equal(whole[k], parts[k]) for k in whole)
+
+
+def test_a_mixture_of_sources(workspace, run, refused):
+    """Three parts of the tiny corpus to one of another; the log says how much of each and the loss on each."""
+    prepare.prepare([str(write_corpus(workspace / "other", documents=9))], str(workspace / "data/other"), "bytes", 0.3)
+    (workspace / "configs/mixed.py").write_text(TINY + """
+data = {"data/tiny": 0.75, "data/other": 0.25}
+max_steps = 125
+eval_interval = 125
+""")
+    result = run("train.py", "configs/mixed.py", cwd=workspace)
+    assert result.returncode == 0, result.stderr
+    log = records(workspace / "out/mixed.jsonl")
+    blocks = {name: (os.path.getsize(workspace / name / "train.bin") // 2 - 1) // 32
+              for name in ("data/tiny", "data/other")}
+    assert log[-1]["epochs"] == {"data/tiny": 750 / blocks["data/tiny"], "data/other": 250 / blocks["data/other"]}
+    losses = log[-1]["val_losses"]
+    assert log[-1]["val_loss"] == pytest.approx(0.75 * losses["data/tiny"] + 0.25 * losses["data/other"])
+    for name, loss in losses.items():       # each as the best checkpoint, this one, has it on that bin alone
+        tokens = np.fromfile(workspace / name / "val.bin", dtype="<u2")
+        n = (len(tokens) - 1) // 32
+        starts = np.arange(min(n, 16)) * n // min(n, 16) * 32
+        model = m.load(str(workspace / "out/mixed.pt"))[0]
+        assert loss == pytest.approx(model.total_loss(tokens, starts, 32, 8) / (len(starts) * 32), rel=1e-5)
+        assert f"{250 / blocks['data/other']:.2f} epochs   data/other" in result.stdout
+    (workspace / "configs/mixed.py").write_text(TINY + 'data = {"data/tiny": 0.5, "data/other": 0.5}')
+    assert "other data" in refused("train.py", "configs/mixed.py", cwd=workspace)
+    # the same two as one source: the blocks of both, once an epoch
+    result = run("train.py", "configs/tiny.py", "--data=data/tiny,data/other", cwd=workspace)
+    assert f"6 steps of 256 tokens, {6 * 8 / sum(blocks.values()):.2f} epochs" in result.stdout
+    shutil.copytree(workspace / "data/other", workspace / "data/gpt2")
+    meta = (workspace / "data/gpt2/meta.json").read_text()
+    (workspace / "data/gpt2/meta.json").write_text(meta.replace('"bytes",', '"gpt2",'))
+    assert "data/gpt2: gpt2 tokens, but data/tiny holds bytes tokens" in refused(
+        "train.py", "configs/tiny.py", "--data=data/tiny,data/gpt2", cwd=workspace)
+
+
+def test_validation_at_a_longer_context(workspace, run, refused):
+    result = run("train.py", "configs/tiny.py", "--pos=alibi", "--bias=false", "--eval_block_size=128", cwd=workspace)
+    assert result.returncode == 0 and "context 128" in result.stdout, result.stderr
+    best = min((r for r in records(workspace / "out/tiny.jsonl") if "val_loss" in r), key=lambda r: r["val_loss"])
+    model, meta = m.load(str(workspace / "out/tiny.pt"))
+    tokens = np.fromfile(workspace / "data/tiny/val.bin", dtype="<u2")
+    n = (len(tokens) - 1) // 128
+    starts = np.arange(4) * n // 4 * 128        # 512 tokens
+    assert best["val_loss"] == pytest.approx(model.total_loss(tokens, starts, 128, 1) / 512, rel=1e-5)
+    assert "learned positions end at block_size = 32" in refused(
+        "train.py", "configs/tiny.py", "--eval_block_size=64", "--out_dir=other", cwd=workspace)
+
+
+WANDB = """
+import json, os
+class Error(Exception): pass
+class Run:
+    def __init__(self, id): self.id = id
+    def define_metric(self, *words, **keys): pass
+    def log(self, record): print(json.dumps([self.id, record]), file=open(os.environ["SEEN"], "a"))
+    def finish(self): self.log("finished")
+def init(project, name, config, id, resume):
+    if project == "locked": raise Error("no key")
+    assert (name, resume, config["wandb"]) == ("tiny", "allow", project)
+    return Run(id or "new")
+"""
+
+
+def test_weights_and_biases_goes_on_in_the_same_run(workspace, refused):
+    """On a stand-in for its library."""
+    words = ["train.py", "configs/tiny.py", "--wandb=mine"]
+    if not importlib.util.find_spec("wandb"):
+        assert "pip install wandb" in refused(*words, cwd=workspace)
+    (workspace / "lib").mkdir()
+    (workspace / "lib/wandb.py").write_text(WANDB)
+    env = {**os.environ, "PYTHONPATH": str(workspace / "lib"), "SEEN": str(workspace / "seen")}
+
+    def train(*more):
+        return subprocess.run([sys.executable, str(ROOT / "train.py"), *words[1:], *more], cwd=workspace, env=env,
+                              capture_output=True, text=True)
+    assert train("--max_steps=4").returncode == 0
+    header = json.loads((workspace / "out/tiny.jsonl").read_text().splitlines()[0])
+    assert header["wandb"] == "new"
+    assert train().returncode == 0
+    seen = records(workspace / "seen")
+    assert {id for id, _ in seen} == {"new"} and [r for _, r in seen].count("finished") == 2
+    assert [r["step"] for _, r in seen if "loss" in r] == [1, 2, 3, 4, 5, 6]
+    result = train("--wandb=locked", "--resume=false")
+    assert (result.returncode, result.stderr.splitlines()[-1]) == (1, "train.py: wandb: no key")
 
 
 def test_divergence_ends_the_run_and_keeps_the_state(workspace, run, refused):
