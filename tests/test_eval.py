@@ -263,7 +263,7 @@ def test_bad_input(checkpoints, refused):
     assert "--top_p" in line("--ckpt", "out/a.pt", "--prompt", "x", "--top_p", 2)
     assert "--tasks pika: expected some of lambada, piqa" in line("--ckpt", "out/a.pt", "--tasks", "pika")
     assert "--bpb x.jsonl: expected NAME=FILE" in line("--ckpt", "out/a.pt", "--bpb", "x.jsonl")
-    assert "expected a name that ends in .jsonl" in line("--ckpt", "out/a.pt", "--bpb", "x=x.csv")
+    assert "x.csv: neither a file" in line("--ckpt", "out/a.pt", "--bpb", "x=x.csv")
     assert "no test items" in line("--ckpt", "out/a.pt", "--audit", "data/tiny")
     message = line("--ckpt", "out/a.pt", "--tasks", "lambada", "--eval_data", "none")
     assert "none/lambada/lambada_test.jsonl: no such file" in message and "--tasks none" in message
