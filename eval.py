@@ -228,7 +228,7 @@ def summary(counts):
 
 
 def exp(x):
-    return math.exp(x) if x < 700 else math.inf
+    return math.inf if x > 700 else math.exp(x)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -358,11 +358,13 @@ def markdown(rows):
 
 def cell(value):
     """A pair is a value and its standard error."""
+    if value is None or isinstance(value, tuple) and math.isnan(value[0]):
+        return ""                       # nothing was measured
     if isinstance(value, tuple):
         return f"{cell(value[0])} ± {value[1]:.{4 if value[0] < 10 else 2}f}"
     if isinstance(value, float):
         return f"{value:.4f}" if value < 10 else f"{value:.2f}" if value < 1e9 else f"{value:.2e}"
-    return "" if value is None else f"{value:,}" if isinstance(value, int) else value
+    return f"{value:,}" if isinstance(value, int) else value
 
 
 def report(tables, items, leaks):
