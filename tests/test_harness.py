@@ -75,9 +75,9 @@ def train(pos, folder, steps=30):
     torch.manual_seed(0)
     model = GPT(GPTConfig(BLOCK_SIZE, n_layer=2, n_head=4, n_embd=32, pos=pos, bias=pos == "learned"))
     text = " ".join(item.get("text") or item.get("page") or " ".join(map(str, item.values()))
-                    for task in EDGE for item in some_items(task, 30))
+                    for task in EDGE for item in some_items(task, 5))
     tokens = torch.tensor(tokenizer.encode_ordinary(text + " word" * len(text)))     # so that something is greedy
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(steps):
         rows = torch.stack([tokens[i:i + 65] for i in torch.randint(len(tokens) - 65, (4,))])
         model(rows[:, :-1], rows[:, 1:]).backward()
