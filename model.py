@@ -25,6 +25,7 @@ import json
 import math
 import os
 import pickle
+import sys
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -248,15 +249,16 @@ def layer_norm(x, weight, bias=None, eps=1e-5, residual=None):
 def attention_ref(q, k, v, slopes=None, dropout_p=0.0):
     """Causal attention (Vaswani et al. 2017), optionally with ALiBi (Press et al. 2022).
 
-    q, k, v: (B, H, T, D); slopes: (H,) or None. Returns (B, H, T, D) in v's dtype. With bf16 inputs
-    the products q k^T are rounded to bf16 before they meet the bias and the softmax in fp32.
+    q: (B, H, T, D); k, v: (B, H, S, D), S >= T: the queries are the last T of S positions. slopes:
+    (H,) or None. Returns (B, H, T, D) in v's dtype. With bf16 inputs the products q k^T are rounded
+    to bf16 before they meet the bias and the softmax in fp32.
     """
     T, D = q.shape[-2:]
-    i = torch.arange(T, device=q.device, dtype=at_least_fp32(q.dtype))
-    distance = i[None, :] - i[:, None]                                         # (T, T), j - i
-    bias = 0 * distance if slopes is None else slopes[:, None, None] * distance     # or (H, T, T)
+    i = torch.arange(k.size(2), device=q.device, dtype=at_least_fp32(q.dtype))
+    distance = i[None, :] - i[-T:, None]                                       # (T, S), j - i
+    bias = 0 * distance if slopes is None else slopes[:, None, None] * distance     # or (H, T, S)
     bias = bias.masked_fill(distance > 0, -math.inf)                           # causal
-    scores = torch.add(bias, q @ k.transpose(-2, -1), alpha=1 / math.sqrt(D))  # (B, H, T, T)
+    scores = torch.add(bias, q @ k.transpose(-2, -1), alpha=1 / math.sqrt(D))  # (B, H, T, S)
     p = F.dropout(torch.softmax(scores, dim=-1), dropout_p)
     return p.to(v.dtype) @ v
 
@@ -531,13 +533,13 @@ attention_fwd.register_autograd(attention_grad, setup_context=attention_save)
 
 
 def attention(q, k, v, slopes=None, dropout_p=0.0):
-    """attention_ref's contract, in O(T) memory, for D up to 128. Raises ModelError beyond.
+    """attention_ref's contract, in O(T) memory where S = T, for D up to 128. Raises ModelError beyond.
 
     The kernels take q, k, v by their strides, so that the slices of one projection need no copy,
     and round nothing to bf16 but the softmax weights on their way to v. dropout_p is rounded to
     1/65536; the mask is drawn from torch's generator of the device.
     """
-    if not use_kernels(q):
+    if not use_kernels(q) or q.size(2) < k.size(2):      # few queries on kept keys need no kernel
         return attention_ref(q, k, v, slopes, dropout_p)
     if q.size(3) > 128:
         raise ModelError(f"heads of {q.size(3)} channels: the attention kernels take up to 128; raise n_head")
@@ -754,11 +756,14 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(self, x, slopes):
+    def forward(self, x, slopes, past=None):
         B, T, C = x.shape
         H, dropout_p = self.config.n_head, self.config.dropout if self.training else 0.0
         qkv = self.c_attn(x).view(B, T, 3, H, C // H)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                        # each (B, H, T, D), no copy
+        if past is not None:        # k and v of the tokens before, to which these are added: (B, H, S, D)
+            k, v = (torch.cat(pair, dim=2) for pair in zip(past, (k, v))) if past else (k, v)
+            past[:] = k, v
         y = attention(q, k, v, slopes, dropout_p)                   # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)                      # heads side by side again
         return F.dropout(self.c_proj(y), self.config.dropout, self.training)
@@ -785,10 +790,10 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x, branch, slopes):
+    def forward(self, x, branch, slopes, past=None):
         """x: the stream (B, T, C); branch: what the layer before still adds to it, or None. Both anew."""
         h, x = (self.ln_1(x), x) if branch is None else self.ln_1(branch, residual=x)
-        h, x = self.ln_2(self.attn(h, slopes), residual=x)
+        h, x = self.ln_2(self.attn(h, slopes, past), residual=x)
         return x, self.mlp(h)
 
 
@@ -834,22 +839,27 @@ class GPT(nn.Module):
         weights = self.num_params() - (0 if self.wpe is None else self.wpe.weight.numel())
         return 6 * weights + 6 * self.config.n_layer * self.config.n_embd * T
 
-    def hidden(self, idx):
-        """The final, normalised stream (B, T, C) for idx (B, T)."""
-        T = idx.size(1)
+    def hidden(self, idx, cache=None):
+        """The final, normalised stream (B, T, C) for idx (B, T).
+
+        cache: a list for each layer, empty at first, which keeps its keys and values: the next call
+        with it goes on behind these tokens.
+        """
+        past = cache[0][0].size(2) if cache and cache[0] else 0
+        T = past + idx.size(1)
         x = self.wte(idx)
         if self.wpe is not None:
             if T > self.config.block_size:
                 raise ModelError(f"{T} tokens of context, but this model's learned positions end "
                                  f"at block_size={self.config.block_size}")
-            x = x + self.wpe.weight[:T]
+            x = x + self.wpe.weight[past:T]
         x, branch = F.dropout(x, self.config.dropout, self.training), None
         for i, block in enumerate(self.h):
             if self.checkpointing and self.training and i < len(self.h) - 1:    # the last is needed at once
                 # one sum per layer: given the pair, torch.compile would keep neither part nor save memory
                 x = checkpoint(lambda x, block: torch.add(*block(x, None, self.slopes)), x, block, use_reentrant=False)
             else:
-                x, branch = block(x, branch, self.slopes)
+                x, branch = block(x, branch, self.slopes, cache and cache[i])
         return self.ln_f(branch, residual=x)[0]
 
     def forward(self, idx, targets=None, reduction="mean"):
@@ -870,10 +880,15 @@ class GPT(nn.Module):
         self.config.block_size = block_size
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None):
-        """Continue idx (B, T) by sampling; returns (B, T + max_new_tokens). Temperature 0 is greedy."""
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None, top_p=None):
+        """Continue idx (B, T) by sampling; returns (B, T + max_new_tokens). Temperature 0 is greedy.
+
+        top_k: among so many of the likeliest tokens; top_p: among the fewest likeliest tokens that
+        together have this probability (Holtzman et al. 2020, arXiv:1904.09751).
+        """
+        cache, new = [[] for _ in self.h], idx[:, -self.config.block_size:]
         for _ in range(max_new_tokens):
-            x = self.hidden(idx[:, -self.config.block_size:])[:, -1]            # (B, C)
+            x = self.hidden(new, cache)[:, -1]                                  # (B, C)
             logits = F.linear(x, self.wte.weight[:self.config.vocab_size]).float()
             if temperature == 0:
                 token = logits.argmax(-1, keepdim=True)
@@ -882,8 +897,14 @@ class GPT(nn.Module):
                     kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
                     logits = logits.masked_fill(logits < kth, -math.inf)
                 p = torch.softmax(logits / temperature, dim=-1)
+                if top_p is not None:
+                    ranked, tokens = p.sort(dim=-1, descending=True)
+                    ranked[ranked.cumsum(-1) - ranked >= top_p] = 0         # what comes before it is enough
+                    p = torch.zeros_like(p).scatter(-1, tokens, ranked)
                 token = torch.multinomial(p, 1, generator=generator)
-            idx = torch.cat((idx, token), dim=1)
+            idx, new = torch.cat((idx, token), dim=1), token
+            if idx.size(1) > self.config.block_size:    # the window slides, and with it every position
+                cache, new = [[] for _ in self.h], idx[:, -self.config.block_size:]
         return idx
 
     @torch.no_grad()
@@ -1102,10 +1123,13 @@ def weights_from_hf(state, config, source):
     return weights
 
 
-def export(model, folder):
-    """Write model as a Hugging Face folder that AutoModelForCausalLM loads. Raises ModelError."""
+def export(model, folder, tokenizer=None):
+    """Write model as a Hugging Face folder that AutoModelForCausalLM loads, and the tokenizer (a
+    tiktoken.Encoding) for AutoTokenizer. Raises ModelError."""
     config = model.config
     hf = config_to_hf(config)
+    if tokenizer:
+        hf |= dict(bos_token_id=tokenizer.eot_token, eos_token_id=tokenizer.eot_token)
     weights = {hf_name(name, config.pos): hf_layout(name, p.detach().float().cpu(), config.pos)
                for name, p in model.state_dict().items()}
     wte = weights["transformer.wte.weight"]
@@ -1114,6 +1138,41 @@ def export(model, folder):
     save_file(weights, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
     with open(os.path.join(folder, "config.json"), "w") as f:
         json.dump(hf, f, indent=2)
+    if tokenizer:
+        for name, values in tokenizer_to_hf(tokenizer).items():
+            with open(os.path.join(folder, name), "w") as f:
+                json.dump(values, f, indent=2)
+
+
+def tokenizer_to_hf(tokenizer):
+    """{file: values} of a Hugging Face tokenizer with the tokens of ours (a tiktoken.Encoding)."""
+    # bytes as GPT-2's files spell them: a character each, none of them blank or a control
+    shown = [b for b in range(256) if 33 <= b <= 126 or 161 <= b <= 172 or 174 <= b]
+    shown += [b for b in range(256) if b not in shown]
+    letters = {b: chr(b if i < 188 else 256 + i - 188) for i, b in enumerate(shown)}
+
+    def spell(token):
+        return "".join(letters[b] for b in token)
+
+    ranks = {tokenizer.decode_single_token_bytes(i): i for i in range(tokenizer.n_vocab) if i != tokenizer.eot_token}
+    merges = []
+    for token in ranks:     # in the order in which they were merged: of two that merge to it, each came before
+        parts = [token[i:i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            i = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], math.inf))
+            parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        if len(parts) == 2:
+            merges.append([spell(part) for part in parts])
+    eot = tokenizer.decode([tokenizer.eot_token])
+    level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=bool(merges))  # GPT-2's regex
+    special = dict(id=tokenizer.eot_token, content=eot, special=True, normalized=False, single_word=False,
+                   lstrip=False, rstrip=False)
+    vocab = {spell(token): i for token, i in ranks.items()} | {eot: tokenizer.eot_token}
+    return {
+        "tokenizer.json": dict(version="1.0", added_tokens=[special], pre_tokenizer=level, decoder=level,
+                               model=dict(type="BPE", vocab=vocab, merges=merges)),
+        "tokenizer_config.json": dict(tokenizer_class="PreTrainedTokenizerFast", bos_token=eot, eos_token=eot,
+                                      unk_token=eot, clean_up_tokenization_spaces=False)}
 
 
 def read_json(path):
@@ -1136,3 +1195,22 @@ def download_openai(name):
             raise ModelError(f"{name}: cannot download {url} ({e}); without a network, put that file "
                              f"at {path}")
     return path
+
+
+def main(argv):
+    parser = Parser("Write a checkpoint as a Hugging Face folder: config, weights and tokenizer.")
+    parser.add_argument("checkpoint", help="a .pt of train.py or grow.py")
+    parser.add_argument("--export", required=True, metavar="DIR", help="the folder, e.g. hf/1.1B")
+    args = parser.parse_args(argv)
+    model, meta = load(args.checkpoint)
+    export(model, args.export, get_tokenizer(meta["tokenizer"]))
+    print(f"{args.export}: {config_to_hf(model.config)['architectures'][0]}, {meta['tokenizer']} tokens; "
+          f'AutoModelForCausalLM.from_pretrained("{args.export}") loads it')
+
+
+if __name__ == "__main__":
+    from prepare import DataError, Parser, get_tokenizer        # as a module this file needs none of the others
+    try:
+        main(sys.argv[1:])
+    except (ModelError, DataError, OSError) as e:
+        sys.exit(f"model.py: {e}")
