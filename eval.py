@@ -293,6 +293,15 @@ def scores(task, columns, chosen=slice(None)):
     return result
 
 
+def validation_bins(data, vocab_size):
+    """({name: tokens}, meta) of a .bin, or of the validation of a data set as train.py takes them. Raises DataError."""
+    if str(data).endswith(".bin"):
+        tokens, meta = open_bin(data, vocab_size)
+        return {data: tokens}, meta
+    sources, meta = open_data(data, "val", vocab_size)
+    return {f"{name}/val.bin": np.concatenate(bins) for name, bins in sources.items()}, meta
+
+
 def text_documents(path):
     """The documents of a bin, or of any file that prepare.py reads, as texts. Raises DataError."""
     if not path.endswith(".bin"):
@@ -411,10 +420,10 @@ def parse(argv):
                         help=f"of {', '.join(TEST_SETS)} (default: all), or none")
     parser.add_argument("--eval_data", metavar="DIR", help="where the test sets lie; default: downloaded")
     parser.add_argument("--limit", type=int, metavar="N", help="the first N items of each task")
-    parser.add_argument("--data", metavar="BIN", help="tokens to score; default: the run's own val.bin")
+    parser.add_argument("--data", metavar="DATA", help="a bin, or a data set, to score; default: the run's own")
     parser.add_argument("--bpb", nargs="+", default=[], metavar="NAME=FILE", help="bits per byte of these documents")
     parser.add_argument("--max_docs", type=int, default=3000, help="of each of these files (default 3000)")
-    parser.add_argument("--audit", metavar="DIR", help="data whose train.bin may hold test items")
+    parser.add_argument("--audit", metavar="DATA", help="a data set whose training bins may hold test items")
     parser.add_argument("--out", metavar="FILE.json", help="all that was measured, with each file's sha256")
     parser.add_argument("--block_size", type=int, metavar="T", help="context; default: the model's")
     parser.add_argument("--batch_size", type=int, help="sequences at once (default: 64 on a GPU, else 8)")
@@ -506,18 +515,23 @@ def main(argv):
             if samples:
                 tables["bits per byte"].append(who | {part: bits_per_byte(documents, *how, part)
                                                       for part, documents in samples.items()})
-            path = args.data or "data" in meta and os.path.join(meta["data"], "val.bin")
-            if path and (args.data or os.path.exists(path) or not (results or samples)):
-                tokens, data = open_bin(path, model.config.vocab_size)
-                if data["tokenizer"] != meta["tokenizer"]:
-                    raise EvalError(f"{path}: holds {data['tokenizer']} tokens, but {name} reads {meta['tokenizer']} "
-                                    "tokens")
+            data = args.data or meta.get("data")
+            if not data and not (results or samples):
+                raise EvalError(f"{name}: says nothing of its own data; name some with --data")
+            try:
+                bins, bin_meta = validation_bins(data, model.config.vocab_size) if data else ({}, meta)
+            except DataError as e:
+                if args.data or not (results or samples) or "no such bin" not in str(e):
+                    raise
+                bins, bin_meta = {}, meta
+            if not bins and rank == 0:
+                print(f"{name}: its own data ({data or 'none named'}) is not here; --data names other")
+            if bin_meta["tokenizer"] != meta["tokenizer"]:
+                raise EvalError(f"{data}: holds {bin_meta['tokenizer']} tokens, but {name} reads {meta['tokenizer']} "
+                                "tokens")
+            for path, tokens in bins.items():
                 counts = score(model, tokens, tokenizer, block_size, batch_size, autocast)
                 tables["own data"].append(who | dict(data=path, tokens=counts["tokens"]) | summary(counts))
-            elif not (results or samples):
-                raise EvalError(f"{name}: says nothing of its own data; name a bin with --data")
-            elif rank == 0:
-                print(f"{name}: its own data ({path or 'none named'}) is not here; --data names another bin")
     finally:            # an error at one checkpoint does not lose the others
         if rank == 0 and any(tables.values()):
             n_items = {task: len(items[task]) for task in items}

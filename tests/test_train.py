@@ -444,6 +444,10 @@ eval_interval = 125
         model = m.load(str(workspace / "out/mixed.pt"))[0]
         assert loss == pytest.approx(model.total_loss(tokens, starts, 32, 8) / (len(starts) * 32), rel=1e-5)
         assert f"{250 / blocks['data/other']:.2f} epochs   data/other" in result.stdout
+    result = run("eval.py", "--ckpt", "out/mixed.pt", "--tasks=none", cwd=workspace)
+    assert "| data/tiny/val.bin |" in result.stdout and "| data/other/val.bin |" in result.stdout
+    result = run("grow.py", "out/mixed.pt", "out/grown.pt", "--n_layer=3", cwd=workspace)
+    assert "tokens of data/tiny, data/other" in result.stdout
     (workspace / "configs/mixed.py").write_text(TINY + 'data = {"data/tiny": 0.5, "data/other": 0.5}')
     assert "other data" in refused("train.py", "configs/mixed.py", cwd=workspace)
     # the same two as one source: the blocks of both, once an epoch
