@@ -4,6 +4,7 @@
     python tests/gpu.py kernels                 their speed beside PyTorch's and Liger's: tests/bench_kernels.py
     python tests/gpu.py tiles D                 other tile sizes for attention with heads of D
     python tests/gpu.py speed PATH_TO_NANOGPT   tests/bench_train.py on this device
+    python tests/gpu.py eval DIR                eval.py's four tasks for a 124M model; DIR holds the test sets
     python tests/gpu.py 1.1B                    some steps of configs/1.1B.py at context 1024, one GPU
 """
 import subprocess
@@ -52,6 +53,23 @@ def run_1_1b(steps=8):
               f"{planned / 1e9:.1f} | {loss:.3f} |", flush=True)
 
 
+def evaluation(folder):
+    """Seconds for every item of the four tasks, tokenizing included, in fp32 and bf16; random weights."""
+    import eval
+    from prepare import get_tokenizer, test_items
+    model, tokenizer = GPT(GPTConfig()).to("cuda").eval(), get_tokenizer("gpt2")
+    print("| task | items | fp32, s | bf16, s |\n|---|---|---|---|")
+    for task in eval.METRICS:
+        items, seconds = list(test_items(task, folder)), []
+        for enabled in (False, True):
+            with_bf16 = torch.autocast("cuda", torch.bfloat16, enabled=enabled)
+            eval.run_task(task, items[:8], model, tokenizer, 1024, 64, with_bf16)       # kernels are built
+            start = time.perf_counter()
+            eval.run_task(task, items, model, tokenizer, 1024, 64, with_bf16)
+            seconds.append(time.perf_counter() - start)
+        print(f"| {task} | {len(items):,} | {seconds[0]:.1f} | {seconds[1]:.1f} |", flush=True)
+
+
 def speed(nanogpt):
     with tempfile.TemporaryDirectory() as folder:
         tokens = np.random.RandomState(0).randint(0, 320, 10**6)
@@ -69,13 +87,16 @@ if __name__ == "__main__":
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}\n")
     match sys.argv[1:]:
         case ["correct"]:
-            sys.exit(subprocess.run([sys.executable, "-m", "pytest", "-q", str(ROOT / "tests/kernel_cases.py")]).returncode)
+            cases = str(ROOT / "tests/kernel_cases.py")
+            sys.exit(subprocess.run([sys.executable, "-m", "pytest", "-q", cases]).returncode)
         case ["kernels"]:
             sys.exit(script("bench_kernels.py"))
         case ["tiles", D]:
             sys.exit(script("bench_kernels.py", "--tiles", D))
         case ["speed", nanogpt]:
             sys.exit(speed(nanogpt))
+        case ["eval", folder]:
+            evaluation(folder)
         case ["1.1B"]:
             run_1_1b()
         case _:
