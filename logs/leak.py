@@ -68,22 +68,40 @@ def main():
     articles = [text for side, text, *_ in p.records("wikitext-2") if side == "train"][:60]
     items = [item["text"] for item in p.test_items("lambada", args.eval_data)][:PLANTED]
 
-    rows = []
     for arm, times in ARMS.items():
-        name = arm.replace(" ", "-").replace(",", "")
-        data, scores = out / f"data-{name}", out / f"{name}.json"
+        data, text = out / f"data-{file_of(arm)}", out / f"text-{file_of(arm)}.jsonl"
         if not (data / "meta.json").exists():
             texts = plant(articles, items, times, random.Random(0))
-            (out / f"text-{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+            text.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
             cut = ["--decontaminate=lambada", *eval_data] if "decontaminated" in arm else []
-            run("prepare.py", out / f"text-{name}.jsonl", "--out", data, *cut)
-        if not scores.exists():
-            (out / f"{name}.py").write_text(CONFIG.format(data=data))
+            run("prepare.py", text, "--out", data, *cut)
+    for arm in ARMS:
+        name = file_of(arm)
+        if not (out / f"{name}.avg.pt").exists():
+            (out / f"{name}.py").write_text(CONFIG.format(data=out / f"data-{name}"))
             run("train.py", out / f"{name}.py")
-            run("eval.py", "--ckpt", out / f"{name}.avg.pt", "--tasks", "lambada", "--limit", SCORED, "--audit", data,
-                *eval_data, "--out", scores)
-        rows.append((arm, json.loads((data / "meta.json").read_text()), json.loads(scores.read_text())))
-    return rows
+        for audited, file in ((name, f"{name}.own.json"), ("ten-times", f"{name}.json")):
+            if not (out / file).exists():
+                run("eval.py", "--ckpt", out / f"{name}.avg.pt", "--tasks", "lambada", "--limit", SCORED, "--audit",
+                    out / f"data-{audited}", *eval_data, "--out", out / file)
+
+    print("| corpus | tokens | cut | found by --audit | planted: acc | perplexity | not planted: acc | perplexity |\n"
+          "|---|---|---|---|---|---|---|---|")
+    with open(ROOT / "logs/leak.jsonl", "w") as f:
+        for arm in ARMS:
+            meta = json.loads((out / f"data-{file_of(arm)}/meta.json").read_text())
+            own, scores = (json.loads((out / f"{file_of(arm)}{end}").read_text()) for end in (".own.json", ".json"))
+            acc, perplexity = scores["tables"]["leaks"]
+            row = dict(corpus=arm, tokens=meta["splits"]["train"]["tokens"],
+                       characters_cut=meta["sources"][0].get("characters cut", 0), found=len(own["leaked"]),
+                       planted=[acc["dirty"], perplexity["dirty"]], others=[acc["clean"], perplexity["clean"]])
+            f.write(json.dumps(row) + "\n")
+            cells = [f"{value:,.1f} ± {error:,.1f}" for value, error in (*row["planted"], *row["others"])]
+            print(f"| {arm} | {row['tokens']:,} | {row['characters_cut']:,} | {row['found']} | {' | '.join(cells)} |")
+
+
+def file_of(arm):
+    return arm.replace(" ", "-").replace(",", "")
 
 
 if __name__ == "__main__":
