@@ -719,6 +719,7 @@ def digest(batch):
         text = text_of(data, where, options, component_of(options["sources"][source]), count)
         if not text:
             continue
+        at = OWN[side] if side else position(text)
         passages, items = without_test_items(text, grams) if grams else ([text], ())
         if items:
             count["contaminated"] += 1
@@ -727,11 +728,12 @@ def digest(batch):
         for passage in passages:
             for data in pieces(io.BytesIO(passage.encode())):
                 piece = data.decode()
-                words = [] if options["keep_duplicates"] else normalise(piece)
-                exact = hashlib.blake2b(" ".join(words).encode() or data, digest_size=16).digest()
+                words, exact = [], bytes(16)
+                if not options["keep_duplicates"]:
+                    words = normalise(piece)
+                    exact = hashlib.blake2b(" ".join(words).encode() or data, digest_size=16).digest()
                 ids = tokenizer.encode_to_numpy(piece, allowed_special=set(), disallowed_special=())
-                rows.append((source, OWN[side] if side else position(text), first, len(data), len(ids),
-                             np.frombuffer(exact, "<u8"), signature(words)))
+                rows.append((source, at, first, len(data), len(ids), np.frombuffer(exact, "<u8"), signature(words)))
                 tokens.append(ids.astype("<u2"))        # a literal <|endoftext|> stays plain text
                 first = False
             first = True
@@ -823,11 +825,11 @@ class BinWriter:
 
     def __init__(self, out, side, shard_tokens, encoding):
         self.out, self.side, self.shard_tokens = out, side, shard_tokens
-        self.sizes, self.eot = token_bytes(encoding), np.array([encoding.eot_token], "<u2")
+        self.eot = np.array([encoding.eot_token], "<u2")
         self.splits, self.file = {}, None
 
-    def add(self, tokens):
-        """tokens: (n,) uint16 of a document or a piece of one."""
+    def add(self, tokens, n_bytes):
+        """tokens: (n,) uint16 of a document or a piece of one; n_bytes: of its text."""
         if self.file is None:
             self.name = self.side + f"-{len(self.splits):05}" * (self.shard_tokens is not None)
             self.file, self.sha256 = open(self.out / f"{self.name}.bin.tmp", "wb"), hashlib.sha256()
@@ -835,12 +837,12 @@ class BinWriter:
         data = tokens.tobytes()
         self.file.write(data)
         self.sha256.update(data)
-        self.splits[self.name]["bytes"] += int(self.sizes[tokens].sum())
+        self.splits[self.name]["bytes"] += n_bytes
         self.splits[self.name]["tokens"] += len(tokens)
 
     def end(self):
         """The document is complete."""
-        self.add(self.eot)
+        self.add(self.eot, 0)
         self.splits[self.name]["documents"] += 1
         if self.shard_tokens and self.splits[self.name]["tokens"] >= self.shard_tokens:
             self.close()
@@ -986,11 +988,14 @@ def assemble(work, out, options, done, encoding):
                 writer = writers[sides.get(document, "val" if position < options["val_fraction"] else "train")]
             if of[i] < 0:
                 ids = ids_at(start, n)
+                rest = n_bytes
                 if val_from is not None and start + n > val_from:       # once: the lone document's end
-                    writer.add(ids[:max(0, val_from - start)])
+                    ids, tail = np.split(ids, [max(0, val_from - start)])
+                    rest = len(encoding.decode_bytes(tail.tolist()))
+                    writer.add(ids, n_bytes - rest)
                     writer.end()
-                    writer, ids, val_from = writers["val"], ids[max(0, val_from - start):], None
-                writer.add(ids)
+                    writer, ids, val_from = writers["val"], tail, None
+                writer.add(ids, rest)
                 wrote = True
                 for key, value in dict(documents=first, bytes=n_bytes, tokens=n).items():
                     report[source][key] += value
