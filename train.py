@@ -422,10 +422,10 @@ def keep_memory():
 
 def matmul_flops(device, dtype):
     """FLOP/s that this device reaches in a large product of square matrices: the measure of MFU."""
-    n, repeats = (8192, 10) if device.type == "cuda" else (768, 1)
+    n, repeats, times = (8192, 10, 6) if device.type == "cuda" else (768, 1, 60)
     a = torch.randn(n, n, device=device).to(dtype)
     seconds = []
-    for _ in range(6):
+    for _ in range(times):
         start = time.perf_counter()
         for _ in range(repeats):
             b = a @ a
