@@ -1,4 +1,5 @@
 """Shared by the tests: the repository on the path, a tiny data set, and the scripts as a user runs them."""
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+if "PYTEST_XDIST_WORKER" in os.environ:     # python -m pytest -n auto: a core each, also for what they start
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture
