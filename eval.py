@@ -23,6 +23,7 @@ import re
 import sys
 from contextlib import nullcontext
 from itertools import groupby, islice
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -31,8 +32,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from model import OPENAI, GPT, ModelError, load
-from prepare import (TEST_SETS, DataError, Parser, count_words, detokenise, get_tokenizer, open_bin, open_data,
-                     sha256_of, test_files, test_grams, test_items, texts, token_bytes)
+from prepare import (TEST_SETS, DataError, NoBin, Parser, count_words, detokenise, get_tokenizer, open_bin, open_data,
+                     sha256_of, test_files, test_grams, test_items, texts, token_bytes, write_whole)
 
 
 class EvalError(ValueError):
@@ -392,9 +393,7 @@ def report(tables, items, leaks):
 def write_json(path, values):
     """Replaces path only when all is written; what is no number in JSON becomes null."""
     values = json.loads(json.dumps(values), parse_constant=lambda _: None)
-    with open(f"{path}.tmp", "w") as f:
-        json.dump(values, f, indent=1)
-    os.replace(f"{path}.tmp", path)
+    write_whole(Path(path), json.dumps(values, indent=1))
 
 
 def leak_rows(name, task, columns, leaks):
@@ -520,8 +519,8 @@ def main(argv):
                 raise EvalError(f"{name}: says nothing of its own data; name some with --data")
             try:
                 bins, bin_meta = validation_bins(data, model.config.vocab_size) if data else ({}, meta)
-            except DataError as e:
-                if args.data or not (results or samples) or "no such bin" not in str(e):
+            except NoBin:
+                if args.data or not (results or samples):
                     raise
                 bins, bin_meta = {}, meta
             if not bins and rank == 0:

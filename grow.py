@@ -44,7 +44,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model import GPT, ModelError, alibi_slopes, atomic_save, load, load_pickle, save
-from prepare import DataError, Parser, open_data
+from prepare import DataError, NoBin, Parser, open_data
 
 NOISE = 0.5         # of E_c, relative to the tensor's own entries
 EXACT = 1e-10       # |difference of logits| in float64 above which a growth that should be exact is not
@@ -370,8 +370,8 @@ def open_tokens(args, meta, vocab_size):
     data = args.data or meta.get("data")
     try:
         bins, bin_meta = open_data(data, "val", vocab_size) if data else ({}, {})
-    except DataError as e:
-        if args.data or "no such bin" not in str(e):
+    except NoBin:
+        if args.data:
             raise
         bins = {}
     if not bins:

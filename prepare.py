@@ -59,6 +59,10 @@ class DataError(ValueError):
     """Data or a source that cannot be used; the message is one line for the user."""
 
 
+class NoBin(DataError):
+    """There is no such bin here, rather than a damaged one."""
+
+
 # ---------------------------------------------------------------------------------------------
 # Tokenizers: both are tiktoken encodings, byte-level and lossless
 
@@ -1061,7 +1065,7 @@ def open_bin(path, vocab_size=None):
     """
     path = Path(path)
     if not path.is_file():
-        raise DataError(f"{path}: no such bin; make it with prepare.py --out {path.parent}")
+        raise NoBin(f"{path}: no such bin; make it with prepare.py --out {path.parent}")
     try:
         meta = json.loads((path.parent / "meta.json").read_text())
         counts = meta["splits"].get(path.stem, {})
@@ -1185,7 +1189,8 @@ def main(argv):
     args = vars(parser.parse_args(argv))
     if args.pop("list"):
         for name, source in SOURCES.items():
-            print(f"{name:16} {source.__doc__.splitlines()[0]}")
+            if name not in HUB:
+                print(f"{name:16} {source.__doc__.splitlines()[0]}")
         for name, (repository, _, files) in HUB.items():
             print(f"{name:16} https://huggingface.co/datasets/{repository}, {files}")
         print("pile:ArXiv       one component of it, by its pile_set_name")

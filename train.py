@@ -39,7 +39,7 @@ import torch.distributed as dist                                                
 from torch.nn.parallel import DistributedDataParallel                           # noqa: E402
 
 from model import OPENAI, GPT, GPTConfig, ModelError, atomic_save, load, load_pickle, save    # noqa: E402
-from prepare import DataError, count_words, get_tokenizer, open_data, token_bytes    # noqa: E402
+from prepare import DataError, NoBin, count_words, get_tokenizer, open_data, token_bytes    # noqa: E402
 
 MAX_SKIPS = 10                          # steps in a row whose loss or gradient is not finite
 PATIENCE = timedelta(minutes=10)        # how long a rank waits for another before all of them end
@@ -328,7 +328,8 @@ def make_optimizer(model, config, settings=None):
         group["names"].append(name)
     groups = list(groups.values())
     if config.optimizer == "adafactor":
-        return torch.optim.Adafactor(groups, lr=config.learning_rate)
+        # a step's root mean square is the rate itself, as in fine-tuning recipes (torch's own: times the weights')
+        return torch.optim.Adafactor(groups, lr=config.learning_rate, eps=(None, 1.0))
     adamw = dict(lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
     if config.zero and dist.is_initialized():       # Rajbhandari et al. 2020, arXiv:1910.02054
         from torch.distributed.optim import ZeroRedundancyOptimizer     # here, for it takes long to import
@@ -579,7 +580,7 @@ def plan(config, name, gpus):
     """What a run would take, on any machine; nothing is trained and no data is needed."""
     try:
         vocab_size = open_data(config.data, "val")[1]["vocab_size"]
-    except DataError:
+    except NoBin:
         vocab_size = 50257
     with torch.device("meta"):
         model = GPT(GPTConfig(vocab_size=vocab_size, **{key: getattr(config, key) for key in ("block_size", *SHAPE)}))
@@ -672,6 +673,9 @@ def main(argv):
     tokenizer = get_tokenizer(meta["tokenizer"])
     weights = loader.counts / GROUP
     bytes_per_token = weights @ [token_bytes(tokenizer)[rows[:, 1:]].mean() for rows in val_blocks]
+    val_tokens = [rows[:, 1:].size for rows in val_blocks]
+    val_words = [count_words(rows[:, 1:].ravel(), tokenizer) for rows in val_blocks]
+    words_per_token = max(1e-9, weights @ np.divide(val_words, val_tokens))
     tokens_per_step = config.batch_size * config.block_size
     max_steps = math.ceil(min(
         config.max_steps or math.inf,
@@ -802,12 +806,12 @@ def main(argv):
             if len(sources) > 1:
                 epochs = loader.epochs(step)
                 by_source = dict(val_losses=dict(zip(sources, losses)), epochs=dict(zip(sources, epochs)))
-                for name, loss, epochs in zip(sources, losses, epochs):
-                    say(f"              val loss {loss:.4f}   {epochs:.2f} epochs   {name}")
+                for source, loss, times in zip(sources, losses, epochs):
+                    say(f"              val loss {loss:.4f}   {times:.2f} epochs   {source}")
             if master:
                 with full_disk_survived(path):
-                    log.write(step=step, tokens=step * tokens_per_step, val_loss=val_loss,
-                              bits_per_byte=bits_per_byte, **by_source)
+                    log.write(step=step, tokens=step * tokens_per_step, val_loss=val_loss, bits_per_byte=bits_per_byte,
+                              word_perplexity=perplexity(val_loss / words_per_token), **by_source)
                     if val_loss < best:
                         save_model(f"{path}.pt", val_loss)
                     log.plot(f"{path}.png")
@@ -845,15 +849,16 @@ def main(argv):
         if (step % config.log_interval == 0 or step == max_steps) and not skips:
             now = time.time()
             speed = (step - since_step) / (now - since)         # steps per second
+            mfu, held = speed * flops_per_step / peak, memory(device)
             left = (max_steps - step) * (now - began) / (step - began_step)
             since, since_step = now, step
             say(f"step {step:6}/{max_steps}   {step * tokens_per_step / 1e6:.2f}M tokens   loss {loss:.4f}   "
                 f"norm {norm:.2f}   lr {lr:.2e}   {speed * tokens_per_step:,.0f} tok/s   "
-                f"MFU {speed * flops_per_step / peak:.0%}   {memory(device) / 2**30:.1f} GiB   left {clock(left)}")
+                f"MFU {mfu:.0%}   {held / 2**30:.1f} GiB   left {clock(left)}")
             if master:
                 with full_disk_survived(path):
                     log.write(step=step, tokens=step * tokens_per_step, loss=loss, norm=norm, lr=lr,
-                              tokens_per_second=round(speed * tokens_per_step))
+                              tokens_per_second=round(speed * tokens_per_step), mfu=round(mfu, 4), bytes_held=held)
         if step in mean_at and master:
             n = mean_at.index(step)
             for key, p in model.state_dict().items():
@@ -869,13 +874,10 @@ def main(argv):
         generator = torch.Generator(device).manual_seed(config.seed)
         with autocast:
             sample = model.eval().generate(start, 400, temperature=0.8, generator=generator)[0].tolist()
-        tokens = [rows[:, 1:].size for rows in val_blocks]
-        words = [count_words(rows[:, 1:].ravel(), tokenizer) for rows in val_blocks]
-        words_per_token = max(1e-9, weights @ np.divide(words, tokens))
         train_loss = next((r["loss"] for r in reversed(log.records) if "loss" in r), math.nan)
         epochs = config.batch_size / n_blocks
         say(f"\na sample, 400 tokens after the first {start.size(1)} for validation:\n\n{tokenizer.decode(sample)}\n\n"
-            f"on {sum(tokens):,} tokens for validation, {sum(words):,} words, {bits_per_byte:.4f} bits per byte"
+            f"on {sum(val_tokens):,} tokens for validation, {sum(val_words):,} words, {bits_per_byte:.4f} bits per byte"
             f"{f', context {eval_block_size}' * (eval_block_size != config.block_size)}:\n\n"
             "| context | model | train loss | val loss | val ppl | adj val ppl | best epoch | run |\n|---|---|---|---|"
             f"---|---|---|---|\n| {config.block_size} | {config.init_from or f'{model.num_params() / 1e6:.1f}M'} | "

@@ -9,9 +9,9 @@ max_epochs = 1
 eval_interval = 100
 dropout = 0.1
 
-optimizer = "adafactor"     # torch's: its steps are scaled by the root mean square of each matrix
+optimizer = "adafactor"
 learning_rate = 5e-5
 min_lr = 0.0
 schedule = "linear"
-warmup_steps = 0
+warmup_steps = 30           # a tenth of the steps at context 1024
 weight_decay = 0.0

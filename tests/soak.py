@@ -78,13 +78,16 @@ def same(a, b):
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
+MACHINE = ("tokens_per_second", "mfu", "bytes_held")       # of the log, what two runs need not share
+
+
 def contents(path):
     return {k: v for k, v in m.load_pickle(str(path)).items() if path.name == "soak.pt" or k != "config"}    # out_dir
 
 
 def log(path):
     records = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in records if "step" in r]
+    return [{k: v for k, v in r.items() if k not in MACHINE} for r in records if "step" in r]
 
 
 def main():

@@ -35,9 +35,12 @@ def records(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+MACHINE = ("tokens_per_second", "mfu", "bytes_held")
+
+
 def curve(path):
-    """The log without what depends on the clock."""
-    return [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in records(path)[1:]]
+    """The log without what depends on the machine."""
+    return [{k: v for k, v in r.items() if k not in MACHINE} for r in records(path)[1:]]
 
 
 def torchrun(n, *words, cwd):

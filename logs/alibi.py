@@ -1,0 +1,140 @@
+"""ALiBi beside learned positions beyond the context trained at, and the softmax in bf16: makes alibi.md, .jsonl, .png.
+
+    python prepare.py python --out data/python --tokenizer bytes
+    python logs/alibi.py
+
+Models are trained at context 256 by train.py and measured at 256 to 2048 on the same tokens. In two of them, while
+they train, the scores, ALiBi's bias and the softmax are bf16, as in the 580M run of the report; "python logs/alibi.py
+train CONFIG ..." is train.py with that attention. Goes on where it was stopped.
+"""
+import math
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import study
+import torch
+from study import HERE
+
+import grow
+import model as m
+import train
+from prepare import open_data
+
+OUT = Path("out/alibi")
+CONTEXTS = (256, 512, 1024, 2048)
+N_TOKENS = 2**17                # of the validation, measured
+CONFIG = """
+data = "data/python"
+block_size = 256
+batch_size = 16
+max_steps = 800
+eval_interval = 200
+eval_tokens = 2**15
+save_interval = 1000
+log_interval = 20
+n_layer = 4
+n_head = 12             # the slopes of the 580M
+n_embd = 144
+bias = False
+learning_rate = 2e-3
+min_lr = 2e-4
+warmup_steps = 50
+beta2 = 0.99
+dtype = "bfloat16"
+"""
+
+
+def attention_bf16(q, k, v, slopes=None, dropout_p=0.0, bias="from the end"):
+    """attention_ref with scores, bias and softmax in bf16. q: (B, H, T, D); k, v: (B, H, S, D).
+
+    bias: slope * (j - i), "distance"; or, what differs from it by a constant per row, slope * j, "from the start", or
+    slope * (j - (S - 1)), "from the end": one row for all queries, as the report's code has it. dropout_p is 0 here.
+    """
+    j = torch.arange(k.size(2), dtype=torch.float32)
+    distance = j[None, :] - j[-q.size(2):, None]                                        # (T, S)
+    offset = {"distance": distance, "from the start": j[None, :], "from the end": j[None, :] - j[-1]}[bias]
+    scores = (q @ k.transpose(-2, -1)).bfloat16() / math.sqrt(q.size(3))                # (B, H, T, S)
+    if slopes is not None:
+        scores = scores + (slopes[:, None, None] * offset).bfloat16()
+    scores = scores.masked_fill(distance > 0, -math.inf)
+    weights = (scores - scores.amax(-1, keepdim=True)).exp()
+    return (weights / weights.sum(-1, keepdim=True)).to(v.dtype) @ v
+
+
+ATTENTION = {"fp32": m.attention,
+             **{f"bf16, {bias}": partial(attention_bf16, bias=bias) for bias in ("from the end", "from the start", "distance")}}
+
+
+def losses(model, tokens, T, softmax):
+    """The loss of each of tokens, T at a time: (len(tokens) // T, T)."""
+    rows = torch.from_numpy(tokens[:len(tokens) // T * T + 1].astype(np.int64))
+    m.attention = ATTENTION[softmax]
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=softmax != "fp32")
+    with torch.no_grad(), autocast:
+        parts = [model(rows[i:i + T][None], rows[i + 1:i + T + 1][None], reduction="none")[0].float()
+                 for i in range(0, len(rows) - 1, T)]
+    m.attention = ATTENTION["fp32"]
+    return torch.stack(parts)
+
+
+def arm(pos, softmax):
+    name = f"{pos}-{softmax}"
+    script = "train.py" if softmax == "fp32" else "logs/alibi.py train"
+    record = study.train(OUT / "run.py", OUT / name, f"--pos={pos}", script=script)
+    checkpoint = OUT / name / "run.pt"
+    longer = checkpoint
+    if pos == "learned":
+        longer = OUT / name / "longer.pt"
+        grow.main([str(checkpoint), str(longer), f"--block_size={CONTEXTS[-1]}", "--force"])
+    model = m.load(str(longer))[0].eval()
+    tokens = open_data("data/python", "val")[0]["data/python"][0][:N_TOKENS + 1]
+    measured = {eval_softmax: {T: losses(model, tokens, T, eval_softmax).mean().item() for T in CONTEXTS}
+                for eval_softmax in ("fp32", "bf16, from the end")}
+    if name == "alibi-fp32":
+        T = CONTEXTS[2]
+        record["by_position"] = {softmax: losses(model, tokens, T, softmax).view(-1, T // 32, 32).mean((0, 2)).tolist()
+                                 for softmax in ATTENTION}
+    return dict(**record, measured=measured)
+
+
+def main():
+    OUT.mkdir(parents=True, exist_ok=True)
+    (OUT / "run.py").write_text(CONFIG)
+    jobs = {f"{pos}, {softmax}": partial(arm, pos, softmax) for pos in ("alibi", "learned") for softmax in ("fp32", "bf16")}
+    report(study.measure(HERE / "alibi.jsonl", jobs))
+
+
+def report(done):
+    rows = []
+    for name, record in done.items():
+        for softmax, values in record["measured"].items():
+            rows.append((name.replace(",", ", trained in"), softmax.partition(",")[0], *(f"{loss:.4f}" for loss in values.values())))
+    text = study.table(("positions", "measured in", *(f"context {T}" for T in CONTEXTS)), rows)
+    study.fill(HERE / "alibi.md", f"{text}\n\n{study.provenance(done.values())}")
+
+    plt = study.pyplot()
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
+    for i, (name, record) in enumerate(done.items()):
+        study.curves(left, record, name, f"C{i}")
+        middle.plot(CONTEXTS, list(record["measured"]["fp32"].values()), "o-", color=f"C{i}", label=name)
+    for softmax, values in done["alibi, fp32"]["by_position"].items():
+        right.plot(np.arange(len(values)) * 32 + 16, values, label=f"softmax in {softmax}")
+    left.set(xlabel="tokens", ylabel="perplexity per byte", yscale="log", title="training (lines) and validation (dots)")
+    middle.set(xlabel="context", ylabel="validation loss, nats per byte", xscale="log", xticks=CONTEXTS, xticklabels=CONTEXTS,
+               title="beyond the context of training, measured in fp32")
+    right.set(xlabel="position in a context of 1024", ylabel="validation loss, nats per byte",
+              title="ALiBi trained in fp32, measured in bf16")
+    for panel in (left, middle, right):
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=8)
+    figure.savefig(HERE / "alibi.png", dpi=110)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["train"]:
+        m.attention = ATTENTION["bf16, from the end"]
+        train.main(sys.argv[2:])
+    else:
+        main()

@@ -1,0 +1,82 @@
+"""What the studies in this folder share: commands run once and kept in a .jsonl, tables written into a .md."""
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+sys.path.insert(0, str(ROOT))
+START, END = "<!-- measured -->", "<!-- to here -->"
+
+
+def run(*words):
+    """python WORDS, from the folder where the study was started; returns what it printed."""
+    words = [str(word) for word in words]
+    print("$ python", *words, flush=True)
+    result = subprocess.run([sys.executable, str(ROOT / words[0]), *words[1:]], text=True, stdout=subprocess.PIPE)
+    if result.returncode:
+        sys.exit(f"{words[0]} ended with status {result.returncode}; the same command goes on")
+    return result.stdout
+
+
+def train(config, out_dir, *words, script="train.py"):
+    """A run of train.py and what came of it: the first line of its log, its curves, and its last evaluation."""
+    began = time.time()
+    run(*script.split(), config, f"--out_dir={out_dir}", *words)
+    log = read(Path(out_dir) / f"{Path(config).stem}.jsonl")
+    losses = {key: [(r["tokens"], r[key]) for r in log if key in r] for key in ("loss", "val_loss")}
+    last = {**[r for r in log if "loss" in r][-1], **[r for r in log if "val_loss" in r][-1]}
+    return dict(command=" ".join(map(str, (script, config, *words))), seconds=round(time.time() - began),
+                **{key: log[0][key] for key in ("parameters", "dtype", "device", "versions", "commit")}, **losses, last=last)
+
+
+def read(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()] if Path(path).exists() else []
+
+
+def measure(path, jobs):
+    """{name: record} of the jobs, {name: function}, each made once and then read from path, a .jsonl."""
+    done = {record["name"]: record for record in read(path)}
+    for i, (name, job) in enumerate(jobs.items()):
+        if name not in done:
+            print(f"{len(jobs) - i} of {len(jobs)} left; now {name}", flush=True)
+            done[name] = dict(name=name, **job())
+            with open(path, "a") as f:
+                f.write(json.dumps(done[name]) + "\n")
+    return {name: done[name] for name in jobs}
+
+
+def fill(path, text):
+    """Put text between the markers of a .md."""
+    head, _, tail = path.read_text().partition(START)
+    path.write_text(f"{head}{START}\n{text}\n{END}{tail.partition(END)[2]}")
+
+
+def table(columns, rows):
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (columns, ["---"] * len(columns), *rows))
+
+
+def provenance(records):
+    """One line: what it ran on, from which commit, for how long."""
+    first = next(iter(records))
+    versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
+    commits = ", ".join(sorted({record["commit"] or "none" for record in records}))
+    return (f"Device {first['device']}, {versions}, commit {commits}; "
+            f"{sum(record['seconds'] for record in records) / 60:.0f} minutes of wall time.")
+
+
+def pyplot():
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    return plt
+
+
+def curves(axes, record, label, color):
+    """Training (thin) and validation (dots) perplexity over tokens."""
+    import numpy as np
+    for key, style in (("loss", "-"), ("val_loss", "o--")):
+        tokens, losses = np.array(record[key]).T
+        axes.plot(tokens, np.exp(losses), style, color=color, lw=1, ms=4, label=label if key == "val_loss" else None)
