@@ -419,7 +419,7 @@ def parse(argv):
                         help=f"of {', '.join(TEST_SETS)} (default: all), or none")
     parser.add_argument("--eval_data", metavar="DIR", help="where the test sets lie; default: downloaded")
     parser.add_argument("--limit", type=int, metavar="N", help="the first N items of each task")
-    parser.add_argument("--data", metavar="DATA", help="a bin, or a data set, to score; default: the run's own")
+    parser.add_argument("--data", metavar="DATA", help="a bin, or a data set, to score, or none; default: the run's own")
     parser.add_argument("--bpb", nargs="+", default=[], metavar="NAME=FILE", help="bits per byte of these documents")
     parser.add_argument("--max_docs", type=int, default=3000, help="of each of these files (default 3000)")
     parser.add_argument("--audit", metavar="DATA", help="a data set whose training bins may hold test items")
@@ -514,7 +514,7 @@ def main(argv):
             if samples:
                 tables["bits per byte"].append(who | {part: bits_per_byte(documents, *how, part)
                                                       for part, documents in samples.items()})
-            data = args.data or meta.get("data")
+            data = None if args.data == "none" else args.data or meta.get("data")
             if not data and not (results or samples):
                 raise EvalError(f"{name}: says nothing of its own data; name some with --data")
             try:
@@ -523,7 +523,7 @@ def main(argv):
                 if args.data or not (results or samples):
                     raise
                 bins, bin_meta = {}, meta
-            if not bins and rank == 0:
+            if not bins and args.data != "none" and rank == 0:
                 print(f"{name}: its own data ({data or 'none named'}) is not here; --data names other")
             if bin_meta["tokenizer"] != meta["tokenizer"]:
                 raise EvalError(f"{data}: holds {bin_meta['tokenizer']} tokens, but {name} reads {meta['tokenizer']} "

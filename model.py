@@ -177,7 +177,9 @@ def layer_norm_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Ten
 @layer_norm_fwd.register_fake
 def layer_norm_fwd_like(x, weight, bias, residual, eps):
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return y, y.new_empty(0) if residual is None else y.new_empty(y.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
+    if residual is None:
+        return y, y.new_empty(0)
+    return y, y.new_empty(y.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
 
 
 @custom_op("gpt::layer_norm_backward", mutates_args=())

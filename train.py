@@ -714,8 +714,10 @@ def main(argv):
         settings = {name: {key: group[key] for key in ("lr_scale", "eps")}
                     for group in state["optimizer"]["param_groups"] for name in group["names"]}
     elif config.init_from and os.path.exists(beside):
-        say(f"{beside}: " + ("AdamW goes on from it" if config.optimizer == "adamw" else "AdamW's, so Adafactor is new"))
-        if config.optimizer == "adamw":
+        if config.optimizer != "adamw":
+            say(f"{beside}: AdamW's, so Adafactor is new")
+        else:
+            say(f"{beside}: AdamW goes on from it")
             grown = load_pickle(beside, mmap=True)
             settings, moments = grown["settings"], grown["moments"]
     optimizer = make_optimizer(model, config, settings)
@@ -882,8 +884,8 @@ def main(argv):
             "| context | model | train loss | val loss | val ppl | adj val ppl | best epoch | run |\n|---|---|---|---|"
             f"---|---|---|---|\n| {config.block_size} | {config.init_from or f'{model.num_params() / 1e6:.1f}M'} | "
             f"{train_loss:.4f} | {val_loss:.4f} | {perplexity(val_loss):,.2f} | "
-            f"{perplexity(val_loss / words_per_token):,.2f} | {best_step * epochs:.2f} of {step * epochs:.2f} | {path} |"
-            f"\n\ncheckpoint {path}.pt\nlog        {path}.jsonl\ncurve      {path}.png")
+            f"{perplexity(val_loss / words_per_token):,.2f} | {best_step * epochs:.2f} of {step * epochs:.2f} | {path} "
+            f"|\n\ncheckpoint {path}.pt\nlog        {path}.jsonl\ncurve      {path}.png")
     if mean_at and not stopping:
         if master:
             model.load_state_dict(mean)

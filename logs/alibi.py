@@ -24,7 +24,7 @@ from prepare import open_data
 
 OUT = Path("out/alibi")
 CONTEXTS = (256, 512, 1024, 2048)
-N_TOKENS = 2**17                # of the validation, measured
+N_TOKENS = 2**16                # of the validation, measured
 CONFIG = """
 data = "data/python"
 block_size = 256
@@ -63,8 +63,9 @@ def attention_bf16(q, k, v, slopes=None, dropout_p=0.0, bias="from the end"):
     return (weights / weights.sum(-1, keepdim=True)).to(v.dtype) @ v
 
 
-ATTENTION = {"fp32": m.attention,
-             **{f"bf16, {bias}": partial(attention_bf16, bias=bias) for bias in ("from the end", "from the start", "distance")}}
+ATTENTION = {"fp32": m.attention}
+for bias in ("from the end", "from the start", "distance"):
+    ATTENTION[f"bf16, {bias}"] = partial(attention_bf16, bias=bias)
 
 
 def losses(model, tokens, T, softmax):
@@ -102,15 +103,16 @@ def arm(pos, softmax):
 def main():
     OUT.mkdir(parents=True, exist_ok=True)
     (OUT / "run.py").write_text(CONFIG)
-    jobs = {f"{pos}, {softmax}": partial(arm, pos, softmax) for pos in ("alibi", "learned") for softmax in ("fp32", "bf16")}
-    report(study.measure(HERE / "alibi.jsonl", jobs))
+    arms = [(pos, softmax) for pos in ("alibi", "learned") for softmax in ("fp32", "bf16")]
+    report(study.measure(HERE / "alibi.jsonl", {", ".join(each): partial(arm, *each) for each in arms}))
 
 
 def report(done):
     rows = []
     for name, record in done.items():
         for softmax, values in record["measured"].items():
-            rows.append((name.replace(",", ", trained in"), softmax.partition(",")[0], *(f"{loss:.4f}" for loss in values.values())))
+            losses = [f"{loss:.4f}" for loss in values.values()]
+            rows.append((name.replace(",", ", trained in"), softmax.partition(",")[0], *losses))
     text = study.table(("positions", "measured in", *(f"context {T}" for T in CONTEXTS)), rows)
     study.fill(HERE / "alibi.md", f"{text}\n\n{study.provenance(done.values())}")
 
@@ -121,9 +123,10 @@ def report(done):
         middle.plot(CONTEXTS, list(record["measured"]["fp32"].values()), "o-", color=f"C{i}", label=name)
     for softmax, values in done["alibi, fp32"]["by_position"].items():
         right.plot(np.arange(len(values)) * 32 + 16, values, label=f"softmax in {softmax}")
-    left.set(xlabel="tokens", ylabel="perplexity per byte", yscale="log", title="training (lines) and validation (dots)")
-    middle.set(xlabel="context", ylabel="validation loss, nats per byte", xscale="log", xticks=CONTEXTS, xticklabels=CONTEXTS,
-               title="beyond the context of training, measured in fp32")
+    left.set(xlabel="tokens", ylabel="perplexity per byte", yscale="log",
+             title="training (lines) and validation (dots)")
+    middle.set(xlabel="context", ylabel="validation loss, nats per byte", xscale="log", xticks=CONTEXTS,
+               xticklabels=CONTEXTS, title="beyond the context of training, measured in fp32")
     right.set(xlabel="position in a context of 1024", ylabel="validation loss, nats per byte",
               title="ALiBi trained in fp32, measured in bf16")
     for panel in (left, middle, right):

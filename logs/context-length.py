@@ -5,7 +5,8 @@
     python prepare.py state_union.jsonl shakespeare --out data/english
     python logs/context-length.py
 
-state_union.jsonl: the State of the Union addresses of NLTK's corpus, {"text": ...} a line. Goes on where it was stopped.
+state_union.jsonl: the State of the Union addresses of NLTK's corpus, {"text": ...} a line. Goes on where it was
+stopped.
 """
 import math
 from pathlib import Path
@@ -16,10 +17,10 @@ from study import HERE
 from prepare import open_data
 
 OUT = Path("out/context-length")
-SIZES = {"small": (2, 2, 32), "medium": (4, 2, 64), "large": (6, 4, 128)}       # n_layer, n_head, n_embd
+SIZES = {"small": (2, 2, 32), "medium": (4, 2, 64), "large": (4, 4, 128)}       # n_layer, n_head, n_embd
 CONTEXTS = (256, 512, 1024)
 RATES = (5e-5, 1e-3)
-EPOCHS = 0.2
+EPOCHS = 0.1
 PRETRAIN = """
 data = {"data/english": 0.6, "data/python-gpt2": 0.4}
 block_size = 1024
@@ -42,10 +43,11 @@ def pretrain(size):
 
 
 def fine_tune(size, context, rate, steps):
-    return study.train("configs/wikitext2.py", OUT / f"{size}-{context}-{rate:g}", f"--init_from={OUT / size / 'pretrain.pt'}",
-                       f"--block_size={context}", f"--micro_batch_size={1024 // context}", f"--max_epochs={EPOCHS}",
-                       f"--learning_rate={rate:g}", f"--warmup_steps={steps // 10}", "--eval_interval=1000",
-                       "--save_interval=1000", f"--log_interval={steps // 10}", f"--eval_tokens={2**18}")
+    return study.train("configs/wikitext2.py", OUT / f"{size}-{context}-{rate:g}",
+                       f"--init_from={OUT / size / 'pretrain.pt'}", f"--block_size={context}",
+                       f"--micro_batch_size={1024 // context}", f"--max_epochs={EPOCHS}", f"--learning_rate={rate:g}",
+                       f"--warmup_steps={steps // 10}", f"--log_interval={steps // 10}", "--eval_interval=1000",
+                       "--save_interval=1000", f"--eval_tokens={2**17}")
 
 
 def main():
@@ -62,7 +64,8 @@ def main():
 
 
 def report(done):
-    columns = ("context", "model", "val loss before", "train loss", "val loss", "val ppl", "adj val ppl", "best epoch", "run")
+    columns = ("context", "model", "val loss before", "train loss", "val loss", "val ppl", "adj val ppl", "best epoch",
+               "run")
     text = []
     for rate in RATES:
         rows = []
@@ -82,7 +85,8 @@ def report(done):
     figure, axes = plt.subplots(1, 1 + len(RATES), figsize=(15, 4.5), layout="constrained")
     for i, size in enumerate(SIZES):
         for j, context in enumerate(CONTEXTS):
-            study.curves(axes[0], done[f"{size}, {context}, {RATES[0]:g}"], f"{size}, {context}", plt.cm.tab20c(4 * i + j))
+            record = done[f"{size}, {context}, {RATES[0]:g}"]
+            study.curves(axes[0], record, f"{size}, {context}", plt.cm.tab20c(4 * i + j))
         for rate, panel in zip(RATES, axes[1:]):
             records = [done[f"{size}, {context}, {rate:g}"] for context in CONTEXTS]
             for values, style, words in (([r["val_loss"][0][1] for r in records], "o:", "before"),
@@ -90,8 +94,8 @@ def report(done):
                 panel.plot(CONTEXTS, values, style, color=f"C{i}", label=f"{size}, {words}")
             panel.set(title=f"rate {rate:g}", xlabel="context", ylabel="validation loss, nats per token", xscale="log",
                       xticks=CONTEXTS, xticklabels=CONTEXTS)
-    axes[0].set(title=f"rate {RATES[0]:g}", xlabel="tokens of WikiText-2", ylabel="perplexity: training (lines), validation (dots)",
-                yscale="log")
+    axes[0].set(title=f"rate {RATES[0]:g}", xlabel="tokens of WikiText-2", yscale="log",
+                ylabel="perplexity: training (lines), validation (dots)")
     for panel in axes:
         panel.grid(alpha=0.3, which="both")
         panel.legend(fontsize=7)

@@ -8,21 +8,17 @@ after Ctrl-C the same command goes on; it prints what is left.
 """
 import contextlib
 import functools
-import json
 import os
 import sys
+import time
 from pathlib import Path
 
-import matplotlib
 import numpy as np
+import study
+from study import HERE
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-import grow      # noqa: E402
-import train     # noqa: E402
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt     # noqa: E402
+import grow
+import train
 
 OUT = "out/growth"
 SEEDS = (1, 2, 3)
@@ -32,7 +28,7 @@ CONFIG = """
 data = "data/python"
 block_size = 64
 batch_size = 16
-eval_interval = 10000           # before the first step and after the last
+eval_interval = 50
 eval_tokens = 2**15
 save_interval = 10000
 log_interval = 100
@@ -71,10 +67,11 @@ ARMS = {
     "both: stack": ("both", 1, ["--depth=stack", FRESH], True),
     "both: adjacent, at half": ("both", 0.5, ["--depth=adjacent", FRESH], True),
 }
+CURVES = ("depth: identity", "width", "both: identity")     # those drawn whole
 
 
 def run(name, shape, seed, steps, schedule_steps, *words):
-    """Train through train.py, unless it is done; returns [(FLOPs so far, validation loss), ...]."""
+    """Train through train.py, unless it is done; returns [(FLOPs so far, validation loss), ...], and what it ran on."""
     out = f"{OUT}/{name}".replace(" ", "_")
     if last_step(out) < steps:
         train.learning_rate = functools.partial(whole_schedule, schedule_steps)
@@ -83,15 +80,15 @@ def run(name, shape, seed, steps, schedule_steps, *words):
     if last_step(out) < steps:
         sys.exit("stopped; the same command goes on")
     model, _ = train.load(f"{out}/run.pt")
-    return [(r["tokens"] * model.flops_per_token(model.config.block_size), r["val_loss"])
-            for r in map(json.loads, open(f"{out}/run.jsonl")) if "val_loss" in r]
+    header, *records = study.read(f"{out}/run.jsonl")
+    points = [(r["tokens"] * model.flops_per_token(model.config.block_size), r["val_loss"]) for r in records
+              if "val_loss" in r]
+    return points, {key: header[key] for key in ("device", "versions", "commit")}
 
 
 def last_step(out):
     """How far a run has come, with its evaluation."""
-    if not os.path.exists(f"{out}/run.jsonl"):
-        return -1
-    return max((r["step"] for r in map(json.loads, open(f"{out}/run.jsonl")) if "val_loss" in r), default=-1)
+    return max((r["step"] for r in study.read(f"{out}/run.jsonl") if "val_loss" in r), default=-1)
 
 
 def whole_schedule(schedule_steps, step, config, _max_steps, learning_rate=train.learning_rate):
@@ -105,45 +102,39 @@ def quietly(main, *argv):
 
 
 def scratch(steps, seed):
-    return dict(points=run(f"scratch-{steps}-{seed}", TARGET, seed, steps, steps))
+    began = time.time()
+    points, machine = run(f"scratch-{steps}-{seed}", TARGET, seed, steps, steps)
+    return dict(points=points, seconds=round(time.time() - began), **machine)
 
 
 def arm(name, seed):
+    began = time.time()
     kind, share, words, warm = ARMS[name]
     steps = int(share * SOURCE_STEPS)
     source = f"{kind}-{steps}-{seed}"
-    cost = run(source, SMALLER[kind], seed, steps, SOURCE_STEPS)[-1][0]
+    source_points, _ = run(source, SMALLER[kind], seed, steps, SOURCE_STEPS)
     init = f"{OUT}/{name}-{seed}-init.pt".replace(" ", "_")
     quietly(grow.main, f"{OUT}/{source}/run.pt", init, "--force", *words,
             *(f"--{key}={value}" for key, value in TARGET.items()))
-    points = run(f"{name}-{seed}", TARGET, 100 + seed, GROWN_STEPS, GROWN_STEPS,
-                 f"--init_from={init}", *([] if warm else ["--warmup_steps=0"]))
-    return dict(points=points, source_flops=cost)
+    points, machine = run(f"{name}-{seed}", TARGET, 100 + seed, GROWN_STEPS, GROWN_STEPS,
+                          f"--init_from={init}", *([] if warm else ["--warmup_steps=0"]))
+    return dict(points=points, source_points=source_points, source_flops=source_points[-1][0],
+                seconds=round(time.time() - began), **machine)
 
 
 def measure():
     """{(name, seed): record} of all runs, made or read from growth.jsonl."""
-    path = HERE / "growth.jsonl"
-    done = {}
-    if path.exists():
-        done = {(r["name"], r["seed"]): r for r in map(json.loads, path.read_text().splitlines())}
-    jobs = [(f"scratch, {steps} steps", seed, functools.partial(scratch, steps)) for steps in SCRATCH_STEPS
-            for seed in SEEDS]
-    jobs += [(name, seed, functools.partial(arm, name)) for name in ARMS for seed in SEEDS]
     os.makedirs(OUT, exist_ok=True)
     Path(f"{OUT}/run.py").write_text(CONFIG)
-    left = [job for job in jobs if job[:2] not in done]
-    for i, (name, seed, job) in enumerate(left):
-        print(f"{len(left) - i} runs left; now {name}, seed {seed}", flush=True)
-        done[name, seed] = dict(name=name, seed=seed, **job(seed))
-        with open(path, "a") as f:
-            f.write(json.dumps(done[name, seed]) + "\n")
-        report(done)
-    return done
+    makers = {f"scratch, {steps} steps": functools.partial(scratch, steps) for steps in SCRATCH_STEPS}
+    makers |= {name: functools.partial(arm, name) for name in ARMS}
+    keys = {f"{name}, seed {seed}": (name, seed) for name in makers for seed in SEEDS}
+    jobs = {key: functools.partial(makers[name], seed) for key, (name, seed) in keys.items()}
+    return {keys[key]: record for key, record in study.measure(HERE / "growth.jsonl", jobs).items()}
 
 
 def end_losses(done, name):
-    return np.array([done[name, seed]["points"][-1][1] for seed in SEEDS if (name, seed) in done])
+    return np.array([done[name, seed]["points"][-1][1] for seed in SEEDS])
 
 
 def mean_sd(x, form):
@@ -151,11 +142,8 @@ def mean_sd(x, form):
 
 
 def report(done):
-    """Write the table and the picture of what is measured so far."""
-    scratch, arms = ([name for name in names if len(end_losses(done, name)) == len(SEEDS)]
-                     for names in ([f"scratch, {n} steps" for n in SCRATCH_STEPS], ARMS))
-    if len(scratch) < 2:
-        return
+    """Write the table and the picture."""
+    scratch, arms = [f"scratch, {n} steps" for n in SCRATCH_STEPS], list(ARMS)
     spent = np.array([done[name, SEEDS[0]]["points"][-1][0] for name in scratch])
     reached = np.array([end_losses(done, name).mean() for name in scratch])
 
@@ -176,21 +164,17 @@ def report(done):
         saved[name] = [100 * (1 - flops / needed) for flops in (cost, cost + source)]
         lines.append(f"| {name} | {start:.3f} | {mean_sd(end_losses(done, name), '.3f')} | "
                      f"{mean_sd(saved[name][0], '+.0f')}% | {mean_sd(saved[name][1], '+.0f')}% |")
-    path = HERE / "growth.md"
-    head, _, tail = (path.read_text() if path.exists() else f"# Growth\n\n{START}\n{END}\n").partition(START)
-    path.write_text(f"{head}{START}\n" + "\n".join(lines) + f"\n{END}{tail.partition(END)[2]}")
+    study.fill(HERE / "growth.md", "\n".join(lines) + f"\n\n{study.provenance(done.values())}")
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
-    left.plot(spent, reached, "ko-", label="from scratch, each with its whole schedule")
-    for kind, marker in (("depth", "^"), ("width", "s"), ("both", "D")):
-        names = [name for name in arms if ARMS[name][0] == kind]
-        for counted, fill, words in ((0, "full", "source not counted"), (1, "none", "source counted")):
-            records = [done[name, SEEDS[0]] for name in names]      # the cost is that of any seed
-            left.plot([r["points"][-1][0] + counted * r["source_flops"] for r in records],
-                      [end_losses(done, name).mean() for name in names], marker, color=f"C{counted}",
-                      fillstyle=fill, ms=6, label=f"{kind} grown, {words}")
-    left.set(xscale="log", xlabel="training FLOPs", ylabel="validation loss at the end, nats per byte")
-    left.grid(alpha=0.3, which="both")
+    figure, (left, right) = study.pyplot().subplots(1, 2, figsize=(13, 5.5), layout="constrained")
+    left.plot(*mean_points(done, scratch[-1], "points"), "k-", label=f"from scratch, {SCRATCH_STEPS[-1]} steps")
+    left.plot(spent, reached, "ko", label="from scratch, at the ends of shorter schedules")
+    for i, name in enumerate(CURVES):
+        source, grown = (mean_points(done, name, key) for key in ("source_points", "points"))
+        left.plot(*source, "--", color=f"C{i}", lw=1)
+        left.plot(grown[0] + source[0][-1], grown[1], color=f"C{i}", label=f"{name}: the source (dashed), then grown")
+    left.set(xlabel="training FLOPs, the source's counted", ylabel="validation loss, nats per byte", ylim=(1.65, 3.2))
+    left.grid(alpha=0.3)
     left.legend(fontsize=8)
     y = np.arange(len(arms))[::-1]
     for counted, words in enumerate(("source not counted", "source counted")):
@@ -200,11 +184,13 @@ def report(done):
     right.axvline(40, color="k", lw=0.8, ls=":")
     right.set(yticks=y, yticklabels=arms, xlabel="% of compute saved at equal validation loss")
     figure.legend(*right.get_legend_handles_labels(), fontsize=8, loc="outside lower right", ncols=2)
-    figure.savefig(HERE / "growth.png", dpi=120)
-    plt.close(figure)
+    figure.savefig(HERE / "growth.png", dpi=110)
 
 
-START, END = "<!-- written by growth.py -->", "<!-- to here -->"
+def mean_points(done, name, key):
+    """(FLOPs, validation loss), the mean over the seeds."""
+    return np.mean([done[name, seed][key] for seed in SEEDS], axis=0).T
+
 
 if __name__ == "__main__":
     report(measure())

@@ -10,42 +10,18 @@ half were planted. Goes on where it was stopped; what is done is in out/leak.
 import argparse
 import json
 import random
-import subprocess
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import prepare as p                         # noqa: E402
+import study
+from study import HERE, run
 
+import prepare
+
+OUT = Path("out/leak")
 PLANTED, SCORED = 200, 400
 ARMS = {"without": 0, "once": 1, "ten times": 10, "ten times, decontaminated": 10}
-CONFIG = """
-data = "{data}"
-out_dir = "out/leak"
-block_size = 256
-batch_size = 8
-max_steps = 400
-eval_interval = 200
-eval_tokens = 2**13
-save_interval = 100
-log_interval = 20
-n_layer = 4
-n_head = 4
-n_embd = 128
-bias = False
-pos = "alibi"
-learning_rate = 2e-3
-min_lr = 2e-4
-warmup_steps = 50
-beta2 = 0.99
-average = 1             # the last weights: the best by validation loss have not seen the items often
-"""
-
-
-def run(*words):
-    print("$", *words, flush=True)
-    subprocess.run([sys.executable, *map(str, words)], check=True)
+# the last weights (average=1): the best by validation loss have not seen the items often
+WORDS = ["--batch_size=8", "--max_steps=400", "--eval_interval=200", f"--eval_tokens={2**13}", "--average=1"]
 
 
 def plant(articles, items, times, lots):
@@ -63,13 +39,12 @@ def main():
     parser.add_argument("--eval_data", help="folder of the test sets; default: downloaded once")
     args = parser.parse_args()
     eval_data = ["--eval_data", args.eval_data] if args.eval_data else []
-    out = Path("out/leak")
-    out.mkdir(parents=True, exist_ok=True)
-    articles = [text for side, text, *_ in p.records("wikitext-2") if side == "train"][:60]
-    items = [item["text"] for item in p.test_items("lambada", args.eval_data)][:PLANTED]
+    OUT.mkdir(parents=True, exist_ok=True)
+    articles = [text for side, text, *_ in prepare.records("wikitext-2") if side == "train"][:60]
+    items = [item["text"] for item in prepare.test_items("lambada", args.eval_data)][:PLANTED]
 
     for arm, times in ARMS.items():
-        data, text = out / f"data-{file_of(arm)}", out / f"text-{file_of(arm)}.jsonl"
+        data, text = OUT / f"data-{file_of(arm)}", OUT / f"text-{file_of(arm)}.jsonl"
         if not (data / "meta.json").exists():
             texts = plant(articles, items, times, random.Random(0))
             text.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
@@ -77,27 +52,33 @@ def main():
             run("prepare.py", text, "--out", data, *cut)
     for arm in ARMS:
         name = file_of(arm)
-        if not (out / f"{name}.avg.pt").exists():
-            (out / f"{name}.py").write_text(CONFIG.format(data=out / f"data-{name}"))
-            run("train.py", out / f"{name}.py")
+        if not (OUT / name / "small.avg.pt").exists():
+            run("train.py", "configs/small.py", f"--data={OUT}/data-{name}", f"--out_dir={OUT / name}", *WORDS)
         for audited, file in ((name, f"{name}.own.json"), ("ten-times", f"{name}.json")):
-            if not (out / file).exists():
-                run("eval.py", "--ckpt", out / f"{name}.avg.pt", "--tasks", "lambada", "--limit", SCORED, "--audit",
-                    out / f"data-{audited}", *eval_data, "--out", out / file)
+            if not (OUT / file).exists():
+                run("eval.py", "--ckpt", OUT / name / "small.avg.pt", "--tasks", "lambada", "--limit", SCORED,
+                    "--audit", OUT / f"data-{audited}", *eval_data, "--out", OUT / file)
+    with open(HERE / "leak.jsonl", "w") as f:
+        f.writelines(json.dumps(row) + "\n" for row in map(result, ARMS))
+    report(study.read(HERE / "leak.jsonl"))
 
-    print("| corpus | tokens | cut | found by --audit | planted: acc | perplexity | not planted: acc | perplexity |\n"
-          "|---|---|---|---|---|---|---|---|")
-    with open(ROOT / "logs/leak.jsonl", "w") as f:
-        for arm in ARMS:
-            meta = json.loads((out / f"data-{file_of(arm)}/meta.json").read_text())
-            own, scores = (json.loads((out / f"{file_of(arm)}{end}").read_text()) for end in (".own.json", ".json"))
-            acc, perplexity = scores["tables"]["leaks"]
-            row = dict(corpus=arm, tokens=meta["splits"]["train"]["tokens"],
-                       characters_cut=meta["sources"][0].get("characters cut", 0), found=len(own["leaked"]),
-                       planted=[acc["dirty"], perplexity["dirty"]], others=[acc["clean"], perplexity["clean"]])
-            f.write(json.dumps(row) + "\n")
-            cells = [f"{value:,.1f} ± {error:,.1f}" for value, error in (*row["planted"], *row["others"])]
-            print(f"| {arm} | {row['tokens']:,} | {row['characters_cut']:,} | {row['found']} | {' | '.join(cells)} |")
+
+def result(arm):
+    name = file_of(arm)
+    meta = json.loads((OUT / f"data-{name}/meta.json").read_text())
+    own, scores = (json.loads((OUT / f"{name}{end}").read_text()) for end in (".own.json", ".json"))
+    acc, perplexity = scores["tables"]["leaks"]
+    return dict(corpus=arm, tokens=meta["splits"]["train"]["tokens"],
+                characters_cut=meta["sources"][0].get("characters cut", 0), found=len(own["leaked"]),
+                planted=[acc["dirty"], perplexity["dirty"]], others=[acc["clean"], perplexity["clean"]])
+
+
+def report(rows):
+    cells = [(row["corpus"], f"{row['tokens']:,}", f"{row['characters_cut']:,}", row["found"],
+              *(f"{value:,.1f} ± {error:,.1f}" for value, error in (*row["planted"], *row["others"]))) for row in rows]
+    columns = ("corpus", "tokens", "cut", "found by --audit", "planted: acc", "perplexity", "not planted: acc",
+               "perplexity of these")
+    study.fill(HERE / "leak.md", study.table(columns, cells))
 
 
 def file_of(arm):

@@ -2,7 +2,6 @@
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -23,13 +22,15 @@ def run(*words):
 
 def train(config, out_dir, *words, script="train.py"):
     """A run of train.py and what came of it: the first line of its log, its curves, and its last evaluation."""
-    began = time.time()
     run(*script.split(), config, f"--out_dir={out_dir}", *words)
     log = read(Path(out_dir) / f"{Path(config).stem}.jsonl")
     losses = {key: [(r["tokens"], r[key]) for r in log if key in r] for key in ("loss", "val_loss")}
-    last = {**[r for r in log if "loss" in r][-1], **[r for r in log if "val_loss" in r][-1]}
-    return dict(command=" ".join(map(str, (script, config, *words))), seconds=round(time.time() - began),
-                **{key: log[0][key] for key in ("parameters", "dtype", "device", "versions", "commit")}, **losses, last=last)
+    steps = [r for r in log if "loss" in r]
+    seconds = sum((r["tokens"] - before) / r["tokens_per_second"]
+                  for before, r in zip([0, *(r["tokens"] for r in steps)], steps))
+    return dict(command=" ".join(map(str, (script, config, *words))), seconds=round(seconds),
+                **{key: log[0][key] for key in ("parameters", "dtype", "device", "versions", "commit")}, **losses,
+                last={**steps[-1], **[r for r in log if "val_loss" in r][-1]})
 
 
 def read(path):
@@ -39,12 +40,12 @@ def read(path):
 def measure(path, jobs):
     """{name: record} of the jobs, {name: function}, each made once and then read from path, a .jsonl."""
     done = {record["name"]: record for record in read(path)}
-    for i, (name, job) in enumerate(jobs.items()):
-        if name not in done:
-            print(f"{len(jobs) - i} of {len(jobs)} left; now {name}", flush=True)
-            done[name] = dict(name=name, **job())
-            with open(path, "a") as f:
-                f.write(json.dumps(done[name]) + "\n")
+    left = [name for name in jobs if name not in done]
+    for i, name in enumerate(left):
+        print(f"{len(left) - i} of {len(jobs)} left; now {name}", flush=True)
+        done[name] = dict(name=name, **jobs[name]())
+        with open(path, "a") as f:
+            f.write(json.dumps(done[name]) + "\n")
     return {name: done[name] for name in jobs}
 
 
@@ -64,7 +65,7 @@ def provenance(records):
     versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
     commits = ", ".join(sorted({record["commit"] or "none" for record in records}))
     return (f"Device {first['device']}, {versions}, commit {commits}; "
-            f"{sum(record['seconds'] for record in records) / 60:.0f} minutes of wall time.")
+            f"{sum(record['seconds'] for record in records) / 60:.0f} minutes of training.")
 
 
 def pyplot():

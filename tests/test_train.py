@@ -1,3 +1,4 @@
+import copy
 import importlib.util
 import json
 import math
@@ -21,6 +22,7 @@ from functorch.compile import min_cut_rematerialization_partition
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import BackendCompilerFailed
 from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.optimization import Adafactor
 
 import model as m
 import prepare
@@ -635,6 +637,24 @@ def test_two_processes_see_the_same_batches_and_learn_the_same(workspace, run):
         for a, b in zip(one, curve(workspace / other / "tiny.jsonl"), strict=True):
             assert a.keys() == b.keys()
             assert all(a[k] == pytest.approx(b[k], rel=1e-4) for k in a)
+
+
+def test_adafactor_is_that_of_fine_tuning_recipes():
+    """Hugging Face's, with the rate taken as it is: no scaling by the weights' size, no relative step."""
+    torch.manual_seed(0)
+    ours = GPT(GPTConfig(block_size=16, vocab_size=64, n_layer=2, n_head=2, n_embd=32, bias=False))
+    theirs = copy.deepcopy(ours)
+    optimizer = make_optimizer(ours, Config(optimizer="adafactor", learning_rate=1e-3, weight_decay=0.0))
+    reference = Adafactor(theirs.parameters(), lr=1e-3, scale_parameter=False, relative_step=False, warmup_init=False)
+    for _ in range(5):
+        rows = torch.randint(0, 64, (4, 17))
+        for model, steps in ((ours, optimizer), (theirs, reference)):
+            steps.zero_grad()
+            model(rows[:, :-1], rows[:, 1:]).backward()
+            steps.step()
+    for (name, p), q in zip(ours.named_parameters(), theirs.parameters()):
+        if "ln_" not in name:       # a layer norm's weights are near 1, and torch scales what is above
+            assert (p - q).abs().max() < 2e-6, name
 
 
 def test_fine_tuning_starts_from_a_hugging_face_folder(workspace, run):
