@@ -46,7 +46,7 @@ from tqdm import tqdm
 from model import GPT, ModelError, alibi_slopes, atomic_save, load, load_pickle, save
 from prepare import DataError, NoBin, Parser, open_data
 
-NOISE = 0.5         # of E_c, relative to the tensor's own entries
+NOISE = 4.0         # of E_c, relative to the tensor's own entries (logs/growth.md)
 EXACT = 1e-10       # |difference of logits| in float64 above which a growth that should be exact is not
 SIZES = ("n_layer", "n_embd", "n_head", "block_size")
 DEPTH = ("identity", "adjacent", "stack", "middle")        # the first is the default: logs/growth.md
@@ -157,7 +157,8 @@ def rms(p):
 
 def widen(p, rule, noise, generator):
     """A weight in its new shape. p: float64, 1 or 2 dimensions; rule: an Axis for each."""
-    for dim, axis in enumerate(rule):
+    # what reads first: copies of a row then get one and the same noise, and stay equal to the last bit
+    for dim, axis in sorted(enumerate(rule), key=lambda pair: not pair[1].reads):
         if len(axis.source) == p.size(dim):
             continue                    # as it was
         p = p.movedim(dim, -1)
@@ -218,7 +219,7 @@ def grow_weights(model, new, depth, noise=NOISE, seed=1337):
         if added and "c_proj" in name:
             weight.zero_()
         elif added and weight.shape != weights[source].shape:
-            weight += noise * rms(weight) * random(weight, generator)       # not read yet, so any noise parts copies
+            weight += min(noise, 0.5) * rms(weight) * random(weight, generator)     # not read yet: any noise parts them
         yield name, weight
 
 

@@ -19,7 +19,7 @@ from prepare import open_data
 OUT = Path("out/context-length")
 SIZES = {"small": (2, 2, 32), "medium": (4, 2, 64), "large": (4, 4, 128)}       # n_layer, n_head, n_embd
 CONTEXTS = (256, 512, 1024)
-RATES = (5e-5, 1e-3)
+RATES = {5e-5: tuple(SIZES), 1e-3: ("medium",)}        # the report's, and one at which these models learn
 EPOCHS = 0.1
 PRETRAIN = """
 data = {"data/english": 0.6, "data/python-gpt2": 0.4}
@@ -55,8 +55,8 @@ def main():
     (OUT / "pretrain.py").write_text(PRETRAIN)
     tokens = sum(map(len, open_data("data/wikitext-2", "train")[0]["data/wikitext-2"]))
     jobs = {size: (lambda size=size: pretrain(size)) for size in SIZES}
-    for rate in RATES:
-        for size in SIZES:
+    for rate, sizes in RATES.items():
+        for size in sizes:
             for context in CONTEXTS:
                 steps = math.ceil(EPOCHS * (tokens // context) / 8)
                 jobs[f"{size}, {context}, {rate:g}"] = lambda job=(size, context, rate, steps): fine_tune(*job)
@@ -67,9 +67,9 @@ def report(done):
     columns = ("context", "model", "val loss before", "train loss", "val loss", "val ppl", "adj val ppl", "best epoch",
                "run")
     text = []
-    for rate in RATES:
+    for rate, sizes in RATES.items():
         rows = []
-        for size in SIZES:
+        for size in sizes:
             for context in CONTEXTS:
                 record = done[f"{size}, {context}, {rate:g}"]
                 last, best = record["last"], min(record["val_loss"], key=lambda point: point[1])
@@ -83,18 +83,17 @@ def report(done):
 
     plt = study.pyplot()
     figure, axes = plt.subplots(1, 1 + len(RATES), figsize=(15, 4.5), layout="constrained")
-    for i, size in enumerate(SIZES):
-        for j, context in enumerate(CONTEXTS):
-            record = done[f"{size}, {context}, {RATES[0]:g}"]
-            study.curves(axes[0], record, f"{size}, {context}", plt.cm.tab20c(4 * i + j))
-        for rate, panel in zip(RATES, axes[1:]):
-            records = [done[f"{size}, {context}, {rate:g}"] for context in CONTEXTS]
+    for (rate, sizes), panel in zip(RATES.items(), axes[1:]):
+        for size in sizes:
+            records, i = [done[f"{size}, {context}, {rate:g}"] for context in CONTEXTS], list(SIZES).index(size)
             for values, style, words in (([r["val_loss"][0][1] for r in records], "o:", "before"),
                                          ([r["last"]["val_loss"] for r in records], "o-", "after")):
                 panel.plot(CONTEXTS, values, style, color=f"C{i}", label=f"{size}, {words}")
-            panel.set(title=f"rate {rate:g}", xlabel="context", ylabel="validation loss, nats per token", xscale="log",
-                      xticks=CONTEXTS, xticklabels=CONTEXTS)
-    axes[0].set(title=f"rate {RATES[0]:g}", xlabel="tokens of WikiText-2", yscale="log",
+            for j, record in enumerate(records if len(sizes) == 1 else ()):
+                study.curves(axes[0], record, f"{size}, {CONTEXTS[j]}", f"C{j}")
+        panel.set(title=f"rate {rate:g}", xlabel="context", ylabel="validation loss, nats per token", xscale="log",
+                  xticks=CONTEXTS, xticklabels=CONTEXTS)
+    axes[0].set(title=f"rate {rate:g}", xlabel="tokens of WikiText-2", yscale="log",
                 ylabel="perplexity: training (lines), validation (dots)")
     for panel in axes:
         panel.grid(alpha=0.3, which="both")

@@ -28,7 +28,7 @@ CONFIG = """
 data = "data/python"
 block_size = 64
 batch_size = 16
-eval_interval = 50
+eval_interval = 50              # for the curves; of other runs the first and the last loss count
 eval_tokens = 2**15
 save_interval = 10000
 log_interval = 100
@@ -48,24 +48,25 @@ FRESH = "--fresh_optimizer"
 ARMS = {
     "depth: adjacent": ("depth", 1, ["--depth=adjacent", FRESH], True),
     "depth: stack": ("depth", 1, ["--depth=stack", FRESH], True),
+    "depth: middle": ("depth", 1, ["--depth=middle", FRESH], True),
     "depth: identity": ("depth", 1, ["--depth=identity", FRESH], True),
-    "width": ("width", 1, [FRESH], True),
-    "both: adjacent": ("both", 1, ["--depth=adjacent", FRESH], True),
-    "both: identity": ("both", 1, ["--depth=identity", FRESH], True),
     "depth: adjacent, optimizer grown": ("depth", 1, ["--depth=adjacent"], True),
-    "width, optimizer grown": ("width", 1, [], True),
+    "depth: adjacent, no warmup": ("depth", 1, ["--depth=adjacent", FRESH], False),
+    "depth: adjacent, optimizer grown, no warmup": ("depth", 1, ["--depth=adjacent"], False),
     "depth: adjacent, at half": ("depth", 0.5, ["--depth=adjacent", FRESH], True),
     "depth: adjacent, at a quarter": ("depth", 0.25, ["--depth=adjacent", FRESH], True),
-    "depth: adjacent, no warmup": ("depth", 1, ["--depth=adjacent", FRESH], False),
+    "width": ("width", 1, [FRESH], True),
+    "width, noise 8": ("width", 1, [FRESH, "--noise=8"], True),
+    "width, noise 0.5": ("width", 1, [FRESH, "--noise=0.5"], True),
+    "both: identity": ("both", 1, ["--depth=identity", FRESH], True),
+    "width, optimizer grown": ("width", 1, [], True),
     "width, at half": ("width", 0.5, [FRESH], True),
-    "depth: adjacent, optimizer grown, no warmup": ("depth", 1, ["--depth=adjacent"], False),
-    "width, no warmup": ("width", 1, [FRESH], False),
-    "width, optimizer grown, no warmup": ("width", 1, [], False),
-    "depth: middle": ("depth", 1, ["--depth=middle", FRESH], True),
-    "width, no noise": ("width", 1, [FRESH, "--noise=0"], True),
-    "width, at a quarter": ("width", 0.25, [FRESH], True),
+    "both: adjacent": ("both", 1, ["--depth=adjacent", FRESH], True),
+    "width, noise 16": ("width", 1, [FRESH, "--noise=16"], True),
     "both: stack": ("both", 1, ["--depth=stack", FRESH], True),
-    "both: adjacent, at half": ("both", 0.5, ["--depth=adjacent", FRESH], True),
+    "width, no noise": ("width", 1, [FRESH, "--noise=0"], True),
+    "width, no warmup": ("width", 1, [FRESH], False),
+    "width, at a quarter": ("width", 0.25, [FRESH], True),
 }
 CURVES = ("depth: identity", "width", "both: identity")     # those drawn whole
 
@@ -117,7 +118,8 @@ def arm(name, seed):
     quietly(grow.main, f"{OUT}/{source}/run.pt", init, "--force", *words,
             *(f"--{key}={value}" for key, value in TARGET.items()))
     points, machine = run(f"{name}-{seed}", TARGET, 100 + seed, GROWN_STEPS, GROWN_STEPS,
-                          f"--init_from={init}", *([] if warm else ["--warmup_steps=0"]))
+                          f"--init_from={init}", *([] if warm else ["--warmup_steps=0"]),
+                          *([] if name in CURVES else ["--eval_interval=10000"]))
     return dict(points=points, source_points=source_points, source_flops=source_points[-1][0],
                 seconds=round(time.time() - began), **machine)
 
@@ -164,7 +166,8 @@ def report(done):
         saved[name] = [100 * (1 - flops / needed) for flops in (cost, cost + source)]
         lines.append(f"| {name} | {start:.3f} | {mean_sd(end_losses(done, name), '.3f')} | "
                      f"{mean_sd(saved[name][0], '+.0f')}% | {mean_sd(saved[name][1], '+.0f')}% |")
-    study.fill(HERE / "growth.md", "\n".join(lines) + f"\n\n{study.provenance(done.values())}")
+    study.fill(HERE / "growth.md", "\n".join(lines) + "\n\nThe runs with a curve, and noise 2 and 4: "
+               + study.provenance(record for record in done.values() if "commit" in record))
 
     figure, (left, right) = study.pyplot().subplots(1, 2, figsize=(13, 5.5), layout="constrained")
     left.plot(*mean_points(done, scratch[-1], "points"), "k-", label=f"from scratch, {SCRATCH_STEPS[-1]} steps")

@@ -16,11 +16,11 @@ import study
 from study import HERE
 
 OUT = Path("out/recipe")
-STEPS = 200
+STEPS = 150
 TASKS, ITEMS = ("lambada", "piqa", "hellaswag"), 200
-SMALL = ["--n_embd=156", "--batch_size=2", "--micro_batch_size=1", f"--max_steps={STEPS}", "--warmup_steps=20",
-         "--learning_rate={}", "--min_lr={}", f"--eval_interval={STEPS // 4}", f"--eval_tokens={2**15}",
-         "--save_interval=1000"]
+SMALL = ["--n_embd=156", "--n_head=2", "--batch_size=1", "--micro_batch_size=1", f"--max_steps={STEPS}",
+         "--warmup_steps=15", "--learning_rate={}", "--min_lr={}", f"--eval_interval={STEPS // 3}",
+         f"--eval_tokens={2**15}", "--save_interval=1000"]
 GROWN = {"760M": 24, "1.1B": 36}        # layers
 RATES = {"580M": 2.5e-3, "760M": 2e-3, "1.1B": 2e-3}    # ten times those of the full width
 

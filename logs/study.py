@@ -61,10 +61,10 @@ def table(columns, rows):
 
 def provenance(records):
     """One line: what it ran on, from which commit, for how long."""
-    first = next(iter(records))
-    versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
+    records = list(records)
+    versions = ", ".join(f"{name} {version}" for name, version in records[0]["versions"].items())
     commits = ", ".join(sorted({record["commit"] or "none" for record in records}))
-    return (f"Device {first['device']}, {versions}, commit {commits}; "
+    return (f"Device {records[0]['device']}, {versions}, commit {commits}; "
             f"{sum(record['seconds'] for record in records) / 60:.0f} minutes of training.")
 
 
