@@ -14,7 +14,8 @@ s = sqrt(C' / (k C)) its variance stays too, and eps needs no care. x is what a 
     the stream      h' = s [h; ...; h; μ ... μ], so the rows of what writes to it become that
     layer norms     weight / s, bias as it was: [x; ...; x; 0 ... 0], whatever the weight of the 0s
     readers         columns W / k + E_c, random E_c whose sum over the copies c is 0: the copies get
-                    different gradients, and part; the columns that meet the 0s are random
+                    different gradients, and part. Copies of a row share one E_c, else their rounding
+                    would differ and be amplified by layer upon layer; columns that meet 0s are random
     the tied head   sums k copies, each s times as large: the last norm's weight / (k s²), bias / (k s)
     MLP             hidden units are copied, and the columns that read a unit share its weight
     heads           the same with learned positions; with ALiBi a head is its slope, so old heads go

@@ -689,8 +689,9 @@ def main(argv):
     state = None
     if config.resume and os.path.exists(f"{path}.state.pt"):
         state = load_pickle(f"{path}.state.pt", mmap=True)      # one copy for all processes of a machine
-        if not isinstance(state, dict) or "names" not in state.get("optimizer", {}).get("param_groups", [{}])[0]:
-            raise ModelError(f"{path}.state.pt: not a state of train.py")
+        if not isinstance(state, dict) or "counts" not in state:        # what states hold since mixtures
+            raise ModelError(f"{path}.state.pt: not a state of train.py, or of an older one; pass --resume=false to "
+                             "start over")
         for key in ("block_size", "batch_size", "optimizer", "seed", *SHAPE):
             if key in given and state["config"][key] != getattr(config, key):
                 raise ConfigError(f"{path}.state.pt: {key} was {state['config'][key]}, now it is "

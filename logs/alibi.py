@@ -103,7 +103,8 @@ def arm(pos, softmax):
 def main():
     OUT.mkdir(parents=True, exist_ok=True)
     (OUT / "run.py").write_text(CONFIG)
-    arms = [(pos, softmax) for pos in ("alibi", "learned") for softmax in ("fp32", "bf16")]
+    train.keep_memory()
+    arms = ("alibi", "fp32"), ("alibi", "bf16"), ("learned", "fp32")
     report(study.measure(HERE / "alibi.jsonl", {", ".join(each): partial(arm, *each) for each in arms}))
 
 

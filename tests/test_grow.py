@@ -27,7 +27,7 @@ def tiny(seed=0, **config):
     return model.eval()
 
 
-def grown(model, depth="identity", noise=0.5, **size):
+def grown(model, depth="identity", noise=g.NOISE, **size):
     """model made larger, in float64, as plain weights in a plain GPT."""
     new = replace(model.config, **size)
     return m.build(new, dict(g.grow_weights(model, new, depth, noise)), "grown").eval()
@@ -76,6 +76,18 @@ def test_every_weight_learns_and_copies_part(pos, old, new):
     twins = torch.arange(new["n_embd"] - C)     # channel i + C began as a copy of channel i
     channels = model.wte.weight[:67].t()
     assert (channels[twins] - channels[twins + C]).abs().max(dim=1).values.min() > 1e-6
+
+
+def test_rounding_does_not_grow_from_layer_to_layer():
+    """Copies of a channel must stay equal to the last bit, or the noise that parts readers feeds on their difference."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=16, vocab_size=67, n_layer=36, n_head=2, n_embd=16)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+        larger = grown(model, n_head=4, n_embd=32).float()
+        exact, rounded = model.double()(tokens()), larger(tokens())
+    assert (rounded - exact).abs().max() < 1e-4 * exact.abs().max()
 
 
 def test_layers_of_the_reports():

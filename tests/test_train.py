@@ -526,6 +526,17 @@ def test_divergence_ends_the_run_and_keeps_the_state(workspace, run, refused):
     assert "skipped" in records(workspace / "out/tiny.jsonl")[-1]
 
 
+def test_a_state_of_an_older_version_is_refused(workspace, run, refused):
+    assert run("train.py", "configs/tiny.py", "--max_steps=1", cwd=workspace).returncode == 0
+    path = workspace / "out/tiny.state.pt"
+    state = torch.load(path, weights_only=True)
+    del state["counts"]
+    torch.save(state, path)
+    before = path.read_bytes()
+    assert "older one; pass --resume=false" in refused("train.py", "configs/tiny.py", cwd=workspace)
+    assert path.read_bytes() == before
+
+
 def test_a_full_disk_keeps_the_old_state_and_the_run_goes_on(workspace, run):
     run("train.py", "configs/tiny.py", "--max_steps=2", cwd=workspace)
     state = (workspace / "out/tiny.state.pt").read_bytes()
