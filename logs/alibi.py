@@ -131,6 +131,7 @@ def report(done):
     right.set(xlabel="position in a context of 1024", ylabel="validation loss, nats per byte",
               title="ALiBi trained in fp32, measured in bf16")
     for panel in (left, middle, right):
+        panel.minorticks_off()
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8)
     figure.savefig(HERE / "alibi.png", dpi=110)

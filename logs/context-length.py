@@ -96,6 +96,7 @@ def report(done):
     axes[0].set(title=f"rate {rate:g}", xlabel="tokens of WikiText-2", yscale="log",
                 ylabel="perplexity: training (lines), validation (dots)")
     for panel in axes:
+        panel.minorticks_off()
         panel.grid(alpha=0.3, which="both")
         panel.legend(fontsize=7)
     figure.savefig(HERE / "context-length.png", dpi=110)

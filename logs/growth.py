@@ -63,10 +63,7 @@ ARMS = {
     "width, at half": ("width", 0.5, [FRESH], True),
     "both: adjacent": ("both", 1, ["--depth=adjacent", FRESH], True),
     "width, noise 16": ("width", 1, [FRESH, "--noise=16"], True),
-    "both: stack": ("both", 1, ["--depth=stack", FRESH], True),
     "width, no noise": ("width", 1, [FRESH, "--noise=0"], True),
-    "width, no warmup": ("width", 1, [FRESH], False),
-    "width, at a quarter": ("width", 0.25, [FRESH], True),
 }
 CURVES = ("depth: identity", "width", "both: identity")     # those drawn whole
 
