@@ -47,7 +47,7 @@ from tqdm import tqdm
 from model import GPT, ModelError, alibi_slopes, atomic_save, load, load_pickle, save
 from prepare import DataError, NoBin, Parser, open_data
 
-NOISE = 4.0         # of E_c, relative to the tensor's own entries (logs/growth.md)
+NOISE = 8.0         # of E_c, relative to the tensor's own entries (logs/growth.md)
 EXACT = 1e-10       # |difference of logits| in float64 above which a growth that should be exact is not
 SIZES = ("n_layer", "n_embd", "n_head", "block_size")
 DEPTH = ("identity", "adjacent", "stack", "middle")        # the first is the default: logs/growth.md

@@ -9,6 +9,7 @@ state_union.jsonl: the State of the Union addresses of NLTK's corpus, {"text": .
 stopped.
 """
 import math
+from functools import partial
 from pathlib import Path
 
 import study
@@ -19,7 +20,11 @@ from prepare import open_data
 OUT = Path("out/context-length")
 SIZES = {"small": (2, 2, 32), "medium": (4, 2, 64), "large": (4, 4, 128)}       # n_layer, n_head, n_embd
 CONTEXTS = (256, 512, 1024)
-RATES = {5e-5: tuple(SIZES), 1e-3: ("medium",)}        # the report's, and one at which these models learn
+ARMS = {        # words for the table and the run: rate, sizes, tokens of a step (None: 8 sequences)
+    "5e-05": (5e-5, tuple(SIZES), None),                # the report's
+    "0.001": (1e-3, ("medium",), None),                 # a rate at which these models learn
+    "0.001, 8192 a step": (1e-3, ("medium",), 8192),
+}
 EPOCHS = 0.1
 PRETRAIN = """
 data = {"data/english": 0.6, "data/python-gpt2": 0.4}
@@ -42,24 +47,29 @@ def pretrain(size):
     return study.train(OUT / "pretrain.py", OUT / size, *keys)
 
 
-def fine_tune(size, context, rate, steps):
-    return study.train("configs/wikitext2.py", OUT / f"{size}-{context}-{rate:g}",
+def fine_tune(arm, size, context, n_tokens):
+    rate, _, step_tokens = ARMS[arm]
+    batch_size = step_tokens // context if step_tokens else 8
+    steps = math.ceil(EPOCHS * (n_tokens // context) / batch_size)
+    return study.train("configs/wikitext2.py", OUT / run_name(arm, size, context),
                        f"--init_from={OUT / size / 'pretrain.pt'}", f"--block_size={context}",
-                       f"--micro_batch_size={1024 // context}", f"--max_epochs={EPOCHS}", f"--learning_rate={rate:g}",
-                       f"--warmup_steps={steps // 10}", f"--log_interval={steps // 10}", "--eval_interval=1000",
-                       "--save_interval=1000", f"--eval_tokens={2**17}")
+                       f"--batch_size={batch_size}", f"--micro_batch_size={1024 // context}", f"--max_epochs={EPOCHS}",
+                       f"--learning_rate={rate:g}", f"--warmup_steps={steps // 10}", f"--log_interval={steps // 10}",
+                       "--eval_interval=1000", "--save_interval=1000", f"--eval_tokens={2**17}")
+
+
+def run_name(arm, size, context):
+    return f"{size}-{context}-{arm.replace(', ', '-').replace(' ', '-')}"
 
 
 def main():
     OUT.mkdir(parents=True, exist_ok=True)
     (OUT / "pretrain.py").write_text(PRETRAIN)
-    tokens = sum(map(len, open_data("data/wikitext-2", "train")[0]["data/wikitext-2"]))
-    jobs = {size: (lambda size=size: pretrain(size)) for size in SIZES}
-    for rate, sizes in RATES.items():
-        for size in sizes:
-            for context in CONTEXTS:
-                steps = math.ceil(EPOCHS * (tokens // context) / 8)
-                jobs[f"{size}, {context}, {rate:g}"] = lambda job=(size, context, rate, steps): fine_tune(*job)
+    n_tokens = sum(map(len, open_data("data/wikitext-2", "train")[0]["data/wikitext-2"]))
+    jobs = {size: partial(pretrain, size) for size in SIZES}
+    for arm, (_, sizes, _) in ARMS.items():
+        jobs |= {f"{size}, {context}, {arm}": partial(fine_tune, arm, size, context, n_tokens)
+                 for size in sizes for context in CONTEXTS}
     report(study.measure(HERE / "context-length.jsonl", jobs))
 
 
@@ -67,39 +77,35 @@ def report(done):
     columns = ("context", "model", "val loss before", "train loss", "val loss", "val ppl", "adj val ppl", "best epoch",
                "run")
     text = []
-    for rate, sizes in RATES.items():
+    plt = study.pyplot()
+    figure, (left, *panels) = plt.subplots(1, 1 + len(ARMS), figsize=(17, 4.5), layout="constrained")
+    for (arm, (_, sizes, step_tokens)), panel in zip(ARMS.items(), panels):
+        words = f"rate {arm.split(',')[0]}, " + (f"{step_tokens:,} tokens a step" if step_tokens else "batches of 8")
         rows = []
         for size in sizes:
-            for context in CONTEXTS:
-                record = done[f"{size}, {context}, {rate:g}"]
+            records = [done[f"{size}, {context}, {arm}"] for context in CONTEXTS]
+            for context, record in zip(CONTEXTS, records):
                 last, best = record["last"], min(record["val_loss"], key=lambda point: point[1])
                 rows.append((context, f"{size}, {record['parameters'] / 1e6:.1f}M", f"{record['val_loss'][0][1]:.3f}",
                              f"{last['loss']:.3f}", f"{last['val_loss']:.3f}", f"{math.exp(last['val_loss']):.2f}",
                              f"{last['word_perplexity']:.2f}", f"{EPOCHS * best[0] / last['tokens']:.2f}",
-                             f"{size}-{context}-{rate:g}"))
-        text += [f"Learning rate {rate:g}:", "", study.table(columns, rows), ""]
-    text.append(study.provenance(done.values()))
-    study.fill(HERE / "context-length.md", "\n".join(text))
-
-    plt = study.pyplot()
-    figure, axes = plt.subplots(1, 1 + len(RATES), figsize=(15, 4.5), layout="constrained")
-    for (rate, sizes), panel in zip(RATES.items(), axes[1:]):
-        for size in sizes:
-            records, i = [done[f"{size}, {context}, {rate:g}"] for context in CONTEXTS], list(SIZES).index(size)
-            for values, style, words in (([r["val_loss"][0][1] for r in records], "o:", "before"),
-                                         ([r["last"]["val_loss"] for r in records], "o-", "after")):
-                panel.plot(CONTEXTS, values, style, color=f"C{i}", label=f"{size}, {words}")
-            for j, record in enumerate(records if len(sizes) == 1 else ()):
-                study.curves(axes[0], record, f"{size}, {CONTEXTS[j]}", f"C{j}")
-        panel.set(title=f"rate {rate:g}", xlabel="context", ylabel="validation loss, nats per token", xscale="log",
+                             run_name(arm, size, context)))
+            color = f"C{list(SIZES).index(size)}"
+            panel.plot(CONTEXTS, [r["val_loss"][0][1] for r in records], "o:", color=color, label=f"{size}, before")
+            panel.plot(CONTEXTS, [r["last"]["val_loss"] for r in records], "o-", color=color, label=f"{size}, after")
+        text += [f"{words[0].upper()}{words[1:]}:", "", study.table(columns, rows), ""]
+        panel.set(title=words, xlabel="context", ylabel="validation loss, nats per token", xscale="log",
                   xticks=CONTEXTS, xticklabels=CONTEXTS)
-    axes[0].set(title=f"rate {rate:g}", xlabel="tokens of WikiText-2", yscale="log",
-                ylabel="perplexity: training (lines), validation (dots)")
-    for panel in axes:
+    for context, color in zip(CONTEXTS, ("C3", "C4", "C5")):
+        study.curves(left, done[f"medium, {context}, 0.001"], f"medium, {context}", color)
+    left.set(title="rate 0.001, batches of 8", xlabel="tokens of WikiText-2", yscale="log",
+             ylabel="perplexity: training (lines), validation (dots)")
+    for panel in (left, *panels):
         panel.minorticks_off()
         panel.grid(alpha=0.3, which="both")
         panel.legend(fontsize=7)
     figure.savefig(HERE / "context-length.png", dpi=110)
+    study.fill(HERE / "context-length.md", "\n".join(text) + "\n" + study.provenance(done.values()))
 
 
 if __name__ == "__main__":

@@ -60,10 +60,10 @@ def test_quickstart():
 def test_context_length():
     logged = {r["name"]: r for r in jsonl("context-length")}
     ours = [row for rows in tables("context-length") for row in rows if "val loss before" in row]
-    assert len(ours) == 12
+    assert len(ours) == 15
     for row in ours:
-        size, context, rate = row["run"].split("-", 2)
-        r = logged[f"{size}, {context}, {rate}"]
+        size, context, rate = re.fullmatch(r"(\w+)-(\d+)-(5e-05|0\.001)(?:-8192-a-step)?", row["run"]).groups()
+        r = logged[f"{size}, {context}, {rate}" + ", 8192 a step" * row["run"].endswith("step")]
         assert row["context"] == context and row["model"].startswith(size)
         assert same(row["model"].split()[1], r["parameters"] / 1e6)
         assert f"--block_size={context}" in r["command"] and f"--learning_rate={rate}" in r["command"]
@@ -84,12 +84,18 @@ def test_growth():
     table = next(rows for rows in tables("growth") if "run" in rows[0])
     assert {row["run"] for row in table} == set(runs) and all(len(seeds) == 3 for seeds in runs.values())
     ends = {name: [r["points"][-1] for r in seeds.values()] for name, seeds in runs.items()}
-    scratch = sorted((flops, statistics.mean(loss for _, loss in ends[name]))
-                     for name in ends if name.startswith("scratch") for flops in {flops for flops, _ in ends[name]})
+    by_end = sorted((flops, statistics.mean(loss for _, loss in ends[name]))
+                    for name in ends if name.startswith("scratch") for flops in {flops for flops, _ in ends[name]})
+    longest = zip(*(r["points"] for r in runs["scratch, 1200 steps"].values()))
+    on_the_way = [(point[0][0], statistics.mean(loss for _, loss in point)) for point in longest][1:]
 
-    def needed(loss):       # between the two scratch runs that end around it, in log FLOPs
-        (f1, l1), (f2, l2) = next(pair for pair in zip(scratch, scratch[1:]) if pair[0][1] >= loss >= pair[1][1])
-        return math.exp(math.log(f1) + (l1 - loss) / (l1 - l2) * (math.log(f2) - math.log(f1)))
+    def needed(loss):       # between the two scratch losses around it, in log FLOPs, whichever is less
+        found = []
+        for scratch in (by_end, on_the_way):
+            for (f1, l1), (f2, l2) in zip(scratch, scratch[1:]):
+                if l1 >= loss >= l2:
+                    found.append(math.exp(math.log(f1) + (l1 - loss) / (l1 - l2) * (math.log(f2) - math.log(f1))))
+        return min(found)
 
     for row in table:
         name = row["run"]
