@@ -1,8 +1,8 @@
 """Training speed beside nanoGPT's, in one process, in turns, on the same weights and batches.
 
-    git clone https://github.com/karpathy/nanoGPT /tmp/nanoGPT
+    git clone https://github.com/karpathy/nanoGPT ../nanoGPT
     python prepare.py python --out data/python --tokenizer bytes
-    python tests/bench_train.py /tmp/nanoGPT
+    python tests/bench_train.py ../nanoGPT
 
 nanoGPT runs its own model, optimizer and step as its train.py does on this kind of device: fp32
 on a CPU, bf16 autocast on CUDA; both are compiled on CUDA, and on a CPU with --compile. It is
