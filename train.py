@@ -328,7 +328,8 @@ def make_optimizer(model, config, settings=None):
         group["names"].append(name)
     groups = list(groups.values())
     if config.optimizer == "adafactor":
-        # a step's root mean square is the rate itself, as in fine-tuning recipes (torch's own: times the weights')
+        # a step's root mean square is the rate itself, as in fine-tuning recipes; torch's own is times the weights',
+        # which is left only where theirs is above 1
         return torch.optim.Adafactor(groups, lr=config.learning_rate, eps=(None, 1.0))
     adamw = dict(lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
     if config.zero and dist.is_initialized():       # Rajbhandari et al. 2020, arXiv:1910.02054

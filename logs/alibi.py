@@ -3,9 +3,9 @@
     python prepare.py python --out data/python --tokenizer bytes
     python logs/alibi.py
 
-Models are trained at context 256 by train.py and measured at 256 to 2048 on the same tokens. In two of them, while
-they train, the scores, ALiBi's bias and the softmax are bf16, as in the 580M run of the report; "python logs/alibi.py
-train CONFIG ..." is train.py with that attention. Goes on where it was stopped.
+Models are trained at context 256 by train.py and measured at 256 to 2048 on the same tokens. In one of them, while
+it trains, the scores, ALiBi's bias and the softmax are bf16, with the bias as the report's 580M has it; "python
+logs/alibi.py train CONFIG ..." is train.py with that attention. Goes on where it was stopped.
 """
 import math
 import sys
@@ -64,8 +64,8 @@ def attention_bf16(q, k, v, slopes=None, dropout_p=0.0, bias="from the end"):
 
 
 ATTENTION = {"fp32": m.attention}
-for bias in ("from the end", "from the start", "distance"):
-    ATTENTION[f"bf16, {bias}"] = partial(attention_bf16, bias=bias)
+ATTENTION |= {f"bf16, {form}": partial(attention_bf16, bias=form)
+              for form in ("from the end", "from the start", "distance")}
 
 
 def losses(model, tokens, T, softmax):
@@ -84,12 +84,11 @@ def arm(pos, softmax):
     name = f"{pos}-{softmax}"
     script = "train.py" if softmax == "fp32" else "logs/alibi.py train"
     record = study.train(OUT / "run.py", OUT / name, f"--pos={pos}", script=script)
-    checkpoint = OUT / name / "run.pt"
-    longer = checkpoint
+    checkpoint = f"{OUT / name}/run.pt"
     if pos == "learned":
-        longer = OUT / name / "longer.pt"
-        grow.main([str(checkpoint), str(longer), f"--block_size={CONTEXTS[-1]}", "--force"])
-    model = m.load(str(longer))[0].eval()
+        checkpoint, source = f"{OUT / name}/longer.pt", checkpoint
+        grow.main([source, checkpoint, f"--block_size={CONTEXTS[-1]}", "--force"])
+    model = m.load(checkpoint)[0].eval()
     tokens = open_data("data/python", "val")[0]["data/python"][0][:N_TOKENS + 1]
     measured = {eval_softmax: {T: losses(model, tokens, T, eval_softmax).mean().item() for T in CONTEXTS}
                 for eval_softmax in ("fp32", "bf16, from the end")}
@@ -112,8 +111,8 @@ def report(done):
     rows = []
     for name, record in done.items():
         for softmax, values in record["measured"].items():
-            losses = [f"{loss:.4f}" for loss in values.values()]
-            rows.append((name.replace(",", ", trained in"), softmax.partition(",")[0], *losses))
+            cells = [f"{loss:.4f}" for loss in values.values()]
+            rows.append((name.replace(",", ", trained in"), softmax.partition(",")[0], *cells))
     text = study.table(("positions", "measured in", *(f"context {T}" for T in CONTEXTS)), rows)
     study.fill(HERE / "alibi.md", f"{text}\n\n{study.provenance(done.values())}")
 

@@ -18,20 +18,19 @@ from study import HERE
 OUT = Path("out/recipe")
 STEPS = 150
 TASKS, ITEMS = ("lambada", "piqa", "hellaswag"), 200
-SMALL = ["--n_embd=156", "--n_head=2", "--batch_size=1", "--micro_batch_size=1", f"--max_steps={STEPS}",
-         "--warmup_steps=15", "--learning_rate={}", "--min_lr={}", f"--eval_interval={STEPS // 3}",
-         f"--eval_tokens={2**15}", "--save_interval=1000"]
+SMALL = ("--n_embd=156", "--n_head=2", "--batch_size=1", "--micro_batch_size=1", f"--max_steps={STEPS}",
+         "--warmup_steps=15", f"--eval_interval={STEPS // 3}", f"--eval_tokens={2**15}", "--save_interval=1000")
 GROWN = {"760M": 24, "1.1B": 36}        # layers
 RATES = {"580M": 2.5e-3, "760M": 2e-3, "1.1B": 2e-3}    # ten times those of the full width
 
 
 def train(name, eval_data):
-    words = [word.format(RATES[name] if "learning" in word else RATES[name] / 10) for word in SMALL]
+    words = [*SMALL, f"--learning_rate={RATES[name]}", f"--min_lr={RATES[name] / 10}"]
     grown = []
     if name in GROWN:
         init = OUT / f"{name}-init.pt"
         grown = ["grow.py", OUT / "580M.pt", init, f"--n_layer={GROWN[name]}"]
-        print(study.run(*grown, "--force"))
+        study.run(*grown, "--force")
         words.append(f"--init_from={init}")
     record = study.train(f"configs/{name}.py", OUT, *words)
     out = OUT / f"{name}.json"

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))
@@ -11,13 +13,12 @@ START, END = "<!-- measured -->", "<!-- to here -->"
 
 
 def run(*words):
-    """python WORDS, from the folder where the study was started; returns what it printed."""
+    """python WORDS, from the folder where the study was started."""
     words = [str(word) for word in words]
     print("$ python", *words, flush=True)
-    result = subprocess.run([sys.executable, str(ROOT / words[0]), *words[1:]], text=True, stdout=subprocess.PIPE)
-    if result.returncode:
-        sys.exit(f"{words[0]} ended with status {result.returncode}; the same command goes on")
-    return result.stdout
+    status = subprocess.run([sys.executable, str(ROOT / words[0]), *words[1:]]).returncode
+    if status:
+        sys.exit(f"{words[0]} ended with status {status}; the same command goes on")
 
 
 def train(config, out_dir, *words, script="train.py"):
@@ -77,7 +78,6 @@ def pyplot():
 
 def curves(axes, record, label, color):
     """Training (thin) and validation (dots) perplexity over tokens."""
-    import numpy as np
     for key, style in (("loss", "-"), ("val_loss", "o--")):
         tokens, losses = np.array(record[key]).T
         axes.plot(tokens, np.exp(losses), style, color=color, lw=1, ms=4, label=label if key == "val_loss" else None)

@@ -110,6 +110,22 @@ def test_growth():
             assert same(row[column].split("±")[1].strip(), statistics.stdev(saved)), (name, column)
 
 
+def test_readme_shows_the_figures_of_the_growth_log():
+    readme = (ROOT / "README.md").read_text()
+    logged = {row["run"]: [row[f"saved, source {counted}"].lstrip("+") for counted in ("not counted", "counted")]
+              for rows in tables("growth") if "run" in rows[0] for row in rows}
+    names = {"depth, identity (the default)": "depth: identity", "width and depth, identity": "both: identity",
+             "depth, stack": "depth: stack", "depth, adjacent": "depth: adjacent", "width": "width",
+             "depth, adjacent, at half of the source's schedule": "depth: adjacent, at half",
+             "width and depth, adjacent": "both: adjacent", "width, optimizer grown": "width, optimizer grown",
+             "width, at half of the source's schedule": "width, at half"}
+    for name, run in names.items():
+        assert f"| {name} | {' | '.join(logged[run])} |" in readme, name
+    for run, words in (("depth: identity", "twice the depth saves {} ({} with the source's training counted)"),
+                       ("width", "twice the width {} ({})"), ("both: identity", "both {} ({})")):
+        assert words.format(*logged[run]) in readme, run
+
+
 def test_alibi():
     logged = {r["name"]: r for r in jsonl("alibi")}
     (rows,) = tables("alibi")
@@ -131,6 +147,9 @@ def test_recipe(name):
     assert same(row["train loss"], r["loss"][-1][1]) and same(row["val ppl"], math.exp(r["val_loss"][-1][1]))
     assert same(row["tokens/s"], last["tokens_per_second"]) and same(row["MFU"], 100 * last["mfu"])
     assert same(row["peak memory"], last["bytes_held"] / 2**30)
+    (scores,) = [row for rows in tables(name) for row in rows if "lambada acc" in row and "items" in row]
+    for metric, (mean, error) in ((key, value) for key, value in r["scores"].items() if isinstance(value, list)):
+        assert same(scores[metric], mean) and same(scores[metric].split("±")[1].strip(), error), metric
 
 
 def test_leak():
