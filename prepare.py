@@ -310,7 +310,7 @@ def open_file(path, bar=None):
             except ImportError:
                 raise DataError(f"{path}: pip install backports.zstd to read it") from None
         opener, damaged = zstd.open, (*damaged, zstd.ZstdError)
-    with io.BufferedReader(Counted(path, bar)) if bar is not None else open(path, "rb") as raw:
+    with io.BufferedReader(io.FileIO(path) if bar is None else Counted(path, bar), 2**20) as raw:
         try:
             yield opener(raw) if opener else raw
         except damaged as e:
@@ -509,24 +509,21 @@ def item_texts(name, item):
     return [item["page"], detokenise(item["page"])]
 
 
-class Letters(dict):
-    """For str.translate: what is neither letter, digit nor white space goes."""
-
-    def __missing__(self, code):
-        self[code] = code if chr(code).isalnum() or chr(code).isspace() else None
-        return self[code]
-
-
-LETTERS = Letters()
+MARK = re.compile(r"[^\w\x00-\x7f]")                   # beyond ASCII, neither letter nor digit
+ASCII_MARKS = bytes(i for i in range(128) if not chr(i).isalnum() and not chr(i).isspace())
+SEPARATORS = bytes.maketrans(b"\x1c\x1d\x1e\x1f", b"    ")      # white space to str.split, not to bytes.split
 
 
 def normalise(text):
-    """The words of a text as they are compared: lower case, without punctuation."""
-    return text.lower().translate(LETTERS).split()
+    """The words of a text as they are compared: lower case, without punctuation, in UTF-8."""
+    text = text.lower()
+    if not text.isascii():
+        text = MARK.sub(lambda mark: " " if mark[0].isspace() else "", text)
+    return text.encode().translate(SEPARATORS, ASCII_MARKS).split()
 
 
 class Grams:
-    """Finds in documents the N-grams of test items: grams is {"the words ...": (item, ...)}.
+    """Finds in documents the N-grams of test items: grams is {b"the words ...": (item, ...)}.
 
     texts: pairs (item, text), an item any hashable name. Holds the items alone in memory (0.5 GB for the
     four test sets), whatever the size of the corpus that passes by.
@@ -546,7 +543,7 @@ class Grams:
             self.seen[self.slots(words)[:len(starts)]] = True
             alone = (item,)
             for i in starts:
-                gram = " ".join(words[i:i + n])
+                gram = b" ".join(words[i:i + n])
                 items = self.grams.get(gram, ())
                 self.grams[gram] = items if item in items else items + alone if items else alone
 
@@ -567,7 +564,7 @@ class Grams:
         found = []
         for i in np.flatnonzero(self.seen[self.slots(words)]).tolist():
             for n in self.lengths:
-                gram = " ".join(words[i:i + n])
+                gram = b" ".join(words[i:i + n])
                 if i + n <= len(words) and gram in self.grams:      # the words themselves, not their hashes
                     found.append((i, i + n, gram))
         if not found:
@@ -588,11 +585,12 @@ def test_grams(names, folder=None):
 
 # ---------------------------------------------------------------------------------------------
 # What a record comes to: a row for each document (or piece of a long one), and its tokens. Workers do
-# this, a batch of records at a time, and the result depends on the batch alone.
+# this, a batch of records at a time. The tokens stay in a file of each worker's own, for handing them to
+# another process would cost more than all else; a row tells which file, and where in it.
 
 BINS, BANDS = 128, 16       # of a document's signature; bands of BINS / BANDS of them
 ROW = np.dtype([("source", "u4"), ("position", "f8"), ("first", "?"), ("bytes", "i8"), ("tokens", "i8"),
-                ("exact", "u8", 2), ("bands", "u8", BANDS)])
+                ("file", "u4"), ("at", "i8"), ("exact", "u8", 2), ("bands", "u8", BANDS)])
 MIX = np.uint64(0x9E3779B97F4A7C15)
 OWN = {"train": 2.0, "val": -1.0}       # positions of documents whose source has its own split
 
@@ -605,34 +603,38 @@ def position(text):
 
 
 def shingles(words):
-    """The 5-grams of words as hashes, each once, sorted: (n,) uint64. Fewer than 5 words are one."""
+    """The 5-grams of words as hashes, sorted: (n,) uint64. Fewer than 5 words are one."""
     n = min(5, len(words))
-    hashes = np.fromiter(map(zlib.crc32, " ".join(words).encode().split(b" ")), np.uint64, len(words))
+    hashes = np.fromiter(map(zlib.crc32, words), np.uint64, len(words))
     rolled = np.zeros(len(words) - n + 1, np.uint64)
     for i in range(n):
         rolled = (rolled ^ hashes[i:i + len(rolled)]) * MIX         # modulo 2**64
         rolled ^= rolled >> np.uint64(32)
-    return np.unique(rolled)
+    rolled.sort()
+    return rolled
 
 
 def signature(words):
-    """MinHash (Broder 1997) of the 5-grams of words, banded for LSH: (BANDS,) uint64, zeros for no words.
+    """MinHash (Broder 1997) of the 5-grams of words: (BINS,) uint64, zeros for no words.
 
     One hash, whose high bits choose a bin that keeps the least (one permutation hashing, Li et al. 2012); an
-    empty bin takes the next one's (Shrivastava & Li 2014). Two documents of Jaccard similarity s agree in
-    some band of 8 bins with probability about 1 - (1 - s^8)^16: 0.95 at s = 0.8, 0.06 at 0.5.
+    empty bin takes the next one's (Shrivastava & Li 2014).
     """
     if not words:
-        return np.zeros(BANDS, np.uint64)
+        return np.zeros(BINS, np.uint64)
     hashes = shingles(words)
-    bins = (hashes >> np.uint64(64 - 7)).astype(np.int64)
-    first = np.flatnonzero(np.diff(bins, prepend=-1))               # the least of each bin: they are sorted
-    following = np.searchsorted(bins[first], np.arange(BINS)) % len(first)
-    bands = np.zeros(BANDS, np.uint64)
-    for column in hashes[first][following].reshape(BANDS, BINS // BANDS).T:
-        bands = (bands ^ column) * MIX
-        bands ^= bands >> np.uint64(32)
-    return bands
+    begins = np.arange(BINS, dtype=np.uint64) << np.uint64(64 - 7)      # of each bin, among the hashes
+    return hashes[np.searchsorted(hashes, begins) % len(hashes)]
+
+
+def bands(signatures):
+    """Signatures (n, BINS) banded for LSH: (n, BANDS) uint64. Two documents of Jaccard similarity s agree in some
+    band of 8 bins with probability about 1 - (1 - s^8)^16: 0.95 at s = 0.8, 0.06 at 0.5."""
+    hashes = np.zeros((len(signatures), BANDS), np.uint64)
+    for k in range(BINS // BANDS):
+        hashes = (hashes ^ signatures[:, k::BINS // BANDS]) * MIX
+        hashes ^= hashes >> np.uint64(32)
+    return hashes
 
 
 def without_test_items(text, grams):
@@ -653,9 +655,14 @@ def without_test_items(text, grams):
 TOOLS = {}      # what a worker needs, made once in its process
 
 
-def start_worker(options):
+def start_worker(options, work):
     signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C is for the main process
     make_tools(options)
+    TOOLS["file"] = token_file(work)
+
+
+def token_file(work):
+    return open(work / f"tokens-{os.getpid()}", "ab", 2**20)
 
 
 def make_tools(options):
@@ -714,10 +721,10 @@ def texts(source, field="text"):
 
 
 def digest(batch):
-    """What a batch of (source, record) comes to: rows (n,) of ROW, their tokens end to end, counts by source, and
-    examples of documents that shared something with test items."""
-    options, tokenizer, grams = TOOLS["options"], TOOLS["tokenizer"], TOOLS["grams"]
-    rows, tokens, counts, examples = [], [np.empty(0, "<u2")], {}, []
+    """What a batch of (source, record) comes to: rows (n,) of ROW, whose tokens are in this process's file, counts
+    by source, and examples of documents that shared something with test items."""
+    options, tokenizer, grams, file = (TOOLS[key] for key in ("options", "tokenizer", "grams", "file"))
+    rows, signatures, counts, examples = [], [], {}, []
     for source, (side, data, first, where) in batch:
         count = counts.setdefault(str(source), Counter())
         text = text_of(data, where, options, component_of(options["sources"][source]), count)
@@ -732,26 +739,33 @@ def digest(batch):
         for passage in passages:
             for data in pieces(io.BytesIO(passage.encode())):
                 piece = data.decode()
-                words, exact = [], bytes(16)
+                exact = bytes(16)
                 if not options["keep_duplicates"]:
                     words = normalise(piece)
-                    exact = hashlib.blake2b(" ".join(words).encode() or data, digest_size=16).digest()
+                    exact = hashlib.blake2b(b" ".join(words) or data, digest_size=16).digest()
+                    signatures.append(signature(words))
                 ids = tokenizer.encode_to_numpy(piece, allowed_special=set(), disallowed_special=())
-                rows.append((source, at, first, len(data), len(ids), np.frombuffer(exact, "<u8"), signature(words)))
-                tokens.append(ids.astype("<u2"))        # a literal <|endoftext|> stays plain text
+                rows.append((source, at, first, len(data), len(ids), os.getpid(), file.tell(),
+                             np.frombuffer(exact, "<u8"), 0))
+                file.write(ids.astype("<u2"))           # a literal <|endoftext|> stays plain text
                 first = False
             first = True
-    return np.array(rows, ROW), np.concatenate(tokens), counts, examples
+    file.flush()
+    rows = np.array(rows, ROW)
+    if signatures:
+        rows["bands"] = bands(np.array(signatures))
+    return rows, counts, examples
 
 
-def in_order(batches, workers, options):
+def in_order(batches, workers, options, work):
     """digest of each batch, in order, by so many processes at once; only a few batches are held."""
     make_tools(options)
     begin = list(islice(batches, 2))
     if workers == 1 or len(begin) < 2:
-        yield from map(digest, chain(begin, batches))
+        with token_file(work) as TOOLS["file"]:
+            yield from map(digest, chain(begin, batches))
         return
-    with ProcessPoolExecutor(workers, initializer=start_worker, initargs=(options,)) as pool:
+    with ProcessPoolExecutor(workers, initializer=start_worker, initargs=(options, work)) as pool:
         pending = deque()
         try:
             for batch in chain(begin, batches):
@@ -801,7 +815,7 @@ def repeats(rows, text_at):
     leader = np.full(n_groups, -1)              # of each group the first row that stays
     sort = np.argsort(crowd, kind="stable")
     places, begins = np.unique(crowd[sort], return_index=True)
-    grams = lru_cache(1024)(lambda i: shingles(normalise(text_at(i))))
+    grams = lru_cache(1024)(lambda i: np.unique(shingles(normalise(text_at(i)))))
     for place, mine in zip(tqdm(places, desc="comparing", unit="doc", delay=3, leave=False),
                            np.split(groups[sort], begins[1:])):
         i = int(order[place])
@@ -838,9 +852,8 @@ class BinWriter:
             self.name = self.side + f"-{len(self.splits):05}" * (self.shard_tokens is not None)
             self.file, self.sha256 = open(self.out / f"{self.name}.bin.tmp", "wb"), hashlib.sha256()
             self.splits[self.name] = dict(documents=0, bytes=0, tokens=0)
-        data = tokens.tobytes()
-        self.file.write(data)
-        self.sha256.update(data)
+        self.file.write(tokens)
+        self.sha256.update(tokens)
         self.splits[self.name]["bytes"] += n_bytes
         self.splits[self.name]["tokens"] += len(tokens)
 
@@ -877,9 +890,11 @@ def prepare(sources, out, tokenizer="gpt2", val_fraction=0.05, *, field="text", 
                    eval_data=eval_data, shard_tokens=shard_tokens)
     TOOLS.clear()
     work = out / "prepare.work"
-    done = dict(options=options, records=0, rows=0, tokens=0, counts={}, examples=[], complete=False)
+    done = dict(options=options, records=0, rows=0, counts={}, examples=[], complete=False)
     if resume and (work / "done.json").exists():
         done = json.loads((work / "done.json").read_text())
+        if (work / "rows").stat().st_size < ROW.itemsize * done["rows"]:
+            raise DataError(f"{work}: damaged, or of an older version; leave --resume out to start over")
         for key in options.keys() - {"errors", "skip_bad", "val_fraction", "shard_tokens"}:
             if done["options"][key] != options[key]:
                 raise DataError(f"{work}: {key} was {done['options'][key]}, now it is {options[key]}; leave "
@@ -899,14 +914,13 @@ def prepare(sources, out, tokenizer="gpt2", val_fraction=0.05, *, field="text", 
 
 
 def tokenize(sources, work, options, done, workers):
-    """All records into work/tokens and work/rows, going on after done["records"]; done is kept up to date in
-    work/done.json, every COMMIT bytes. Raises DataError."""
+    """All records into work/rows and the workers' work/tokens-*, going on after done["records"]; done is kept up to
+    date in work/done.json, every COMMIT bytes. Raises DataError."""
     work.mkdir(parents=True, exist_ok=True)
     local = [source for source in sources if source != "-" and source.partition(":")[0] not in (*SOURCES, *HUB)]
     total = sum(path.stat().st_size for source in local for path in local_files(source))
-    files = {name: open(work / name, "ab") for name in ("tokens", "rows")}
-    files["tokens"].truncate(2 * done["tokens"])
-    files["rows"].truncate(ROW.itemsize * done["rows"])
+    every_row = open(work / "rows", "ab")
+    every_row.truncate(ROW.itemsize * done["rows"])
     taken = deque()         # records in each batch that is under way
 
     def batches(bar):
@@ -924,22 +938,21 @@ def tokenize(sources, work, options, done, workers):
             yield batch
 
     def commit():
-        for file in files.values():
-            file.flush()
-            os.fsync(file.fileno())
+        every_row.flush()
+        for path in (work / "rows", *work.glob("tokens-*")):
+            with open(path, "rb+") as f:
+                os.fsync(f.fileno())
         write_whole(work / "done.json", json.dumps(done))
 
     since, measured = 0, local == sources       # else the bar counts what comes out
     try:
         with tqdm(total=total if measured else None, unit="B", unit_scale=True, desc=str(work.parent)) as bar:
-            for rows, tokens, counts, examples in in_order(batches(bar if measured else None), workers, options):
-                files["rows"].write(rows.tobytes())
-                files["tokens"].write(tokens.tobytes())
+            for rows, counts, examples in in_order(batches(bar if measured else None), workers, options, work):
+                every_row.write(rows.tobytes())
                 for source, count in counts.items():
                     done["counts"][source] = Counter(done["counts"].get(source, {})) + count
                 done["records"] += taken.popleft()
                 done["rows"] += len(rows)
-                done["tokens"] += len(tokens)
                 done["examples"] = (done["examples"] + examples)[:10]
                 since += int(rows["bytes"].sum())
                 if not measured:
@@ -955,26 +968,24 @@ def tokenize(sources, work, options, done, workers):
             print(f"what is done is in {work}; --resume goes on from there", file=sys.stderr)
         raise
     finally:
-        for file in files.values():
-            file.close()
+        every_row.close()
 
 
 def assemble(work, out, options, done, encoding):
     """The final bins from what tokenize left in work; returns meta. Raises DataError."""
-    rows = np.memmap(work / "rows", ROW, mode="r") if done["rows"] else np.empty(0, ROW)
-    tokens = open(work / "tokens", "rb")
+    rows = np.asarray(np.memmap(work / "rows", ROW, mode="r")) if done["rows"] else np.empty(0, ROW)
+    files = {int(path.name[len("tokens-"):]): open(path, "rb") for path in work.glob("tokens-*")}
 
-    def ids_at(start, n):
-        tokens.seek(2 * int(start))
-        return np.frombuffer(tokens.read(2 * int(n)), "<u2")
-
-    starts = np.append(0, np.cumsum(rows["tokens"]))
+    def ids_at(i):
+        _, _, _, _, n, file, at, *_ = rows[i].item()
+        files[file].seek(at)
+        return np.frombuffer(files[file].read(2 * n), "<u2")
 
     def text_at(i):
-        return encoding.decode(ids_at(starts[i], rows["tokens"][i]).tolist())
+        return encoding.decode(ids_at(i).tolist())
 
     of = np.full(len(rows), -1, np.int8) if options["keep_duplicates"] else repeats(rows, text_at)
-    sides, val_from = sides_of_few(rows, of, options["val_fraction"], ids_at, encoding)
+    sides, cut = sides_of_few(rows, of, options["val_fraction"], ids_at, encoding)
 
     writers = {side: BinWriter(out, side, options["shard_tokens"], encoding) for side in ("train", "val")}
     report = [dict(source=source, documents=0, bytes=0, tokens=0, duplicates=0, duplicate_bytes=0,
@@ -984,21 +995,19 @@ def assemble(work, out, options, done, encoding):
     try:
         for i in tqdm(range(len(rows)), desc="writing", unit="doc", delay=3, leave=False):
             source, position, first, n_bytes, n, *_ = rows[i].item()
-            start = starts[i]
             if first:
                 if wrote:
                     writer.end()
                 document, wrote = document + 1, False
                 writer = writers[sides.get(document, "val" if position < options["val_fraction"] else "train")]
             if of[i] < 0:
-                ids = ids_at(start, n)
-                rest = n_bytes
-                if val_from is not None and start + n > val_from:       # once: the lone document's end
-                    ids, tail = np.split(ids, [max(0, val_from - start)])
-                    rest = len(encoding.decode_bytes(tail.tolist()))
-                    writer.add(ids, n_bytes - rest)
+                ids, rest = ids_at(i), n_bytes
+                if cut and cut[0] == i:         # the lone document's end begins here
+                    head, ids = np.split(ids, [cut[1]])
+                    rest = len(encoding.decode_bytes(ids.tolist()))
+                    writer.add(head, n_bytes - rest)
                     writer.end()
-                    writer, ids, val_from = writers["val"], tail, None
+                    writer = writers["val"]
                 writer.add(ids, rest)
                 wrote = True
                 for key, value in dict(documents=first, bytes=n_bytes, tokens=n).items():
@@ -1030,6 +1039,8 @@ def assemble(work, out, options, done, encoding):
             if path not in paths and re.fullmatch(r"(train|val)(-\d{5})?", path.stem):
                 path.unlink()
     finally:
+        for file in files.values():
+            file.close()
         for path in out.glob("*.tmp"):
             path.unlink()
     return meta
@@ -1037,9 +1048,9 @@ def assemble(work, out, options, done, encoding):
 
 def sides_of_few(rows, of, val_fraction, ids_at, encoding):
     """A corpus so small that all of it would fall on one side still gets both: ({document: side}, None), where the
-    document of the lowest position is for validation; or, for a lone one, ({0: "train"}, the token from which, at
-    the beginning of a line, it is for validation)."""
-    if len(rows) > 1000:
+    document of the lowest position is for validation; or, for a lone one, ({0: "train"}, (row, token)), from where,
+    at the beginning of a line, it is for validation."""
+    if np.count_nonzero(rows["first"]) > 1000:
         return {}, None
     document = np.cumsum(rows["first"]) - 1                         # of each row
     kept = np.unique(document[of < 0])
@@ -1049,11 +1060,13 @@ def sides_of_few(rows, of, val_fraction, ids_at, encoding):
     if len(kept) > 1:
         return {k: "val" if k == kept[at.argmin()] else "train" for k in kept.tolist()}, None
     mine = np.flatnonzero(of < 0)
-    start = rows["tokens"][:mine[0]].sum()
-    val_from = start + int((1 - val_fraction) * rows["tokens"][mine].sum())
-    ids = ids_at(start, val_from - start)
-    lines = [encoding.decode_single_token_bytes(token).endswith(b"\n") for token in ids]
-    return {int(kept[0]): "train"}, val_from - (lines[::-1].index(True) if any(lines) else 0)
+    ends = np.cumsum(rows["tokens"][mine])
+    start = int((1 - val_fraction) * ends[-1])
+    k = np.searchsorted(ends, start, side="right")
+    start -= ends[k] - rows["tokens"][mine[k]]                      # in the row
+    newlines = [token for token in range(encoding.n_vocab) if encoding.decode_single_token_bytes(token).endswith(b"\n")]
+    after = np.flatnonzero(np.isin(ids_at(mine[k])[:start], newlines)) + 1
+    return {int(kept[0]): "train"}, (mine[k], after[-1] if len(after) else start)
 
 
 def open_bin(path, vocab_size=None):
