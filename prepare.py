@@ -41,7 +41,9 @@ from contextlib import contextmanager
 from fnmatch import fnmatch
 from functools import lru_cache
 from itertools import chain, islice
+from multiprocessing import parent_process
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import tiktoken
@@ -509,11 +511,12 @@ def item_texts(name, item):
     return [item["page"], detokenise(item["page"])]
 
 
-MARK = re.compile(r"[^\w\x00-\x7f]")                   # beyond ASCII, neither letter nor digit
+MARK = re.compile(r"[^\x00-\x7f\w]")                   # beyond ASCII, neither letter nor digit
 ASCII_MARKS = bytes(i for i in range(128) if not chr(i).isalnum() and not chr(i).isspace())
 SEPARATORS = bytes.maketrans(b"\x1c\x1d\x1e\x1f", b"    ")      # white space to str.split, not to bytes.split
 
 
+@lru_cache(1)       # a document is looked through for test items, then for duplicates
 def normalise(text):
     """The words of a text as they are compared: lower case, without punctuation, in UTF-8."""
     text = text.lower()
@@ -657,6 +660,7 @@ TOOLS = {}      # what a worker needs, made once in its process
 
 def start_worker(options, work):
     signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C is for the main process
+    Thread(target=lambda: parent_process().join() or os._exit(1), daemon=True).start()      # if that one is killed
     make_tools(options)
     TOOLS["file"] = token_file(work)
 
@@ -890,11 +894,11 @@ def prepare(sources, out, tokenizer="gpt2", val_fraction=0.05, *, field="text", 
                    eval_data=eval_data, shard_tokens=shard_tokens)
     TOOLS.clear()
     work = out / "prepare.work"
-    done = dict(options=options, records=0, rows=0, counts={}, examples=[], complete=False)
+    done = dict(row=str(ROW), options=options, records=0, rows=0, counts={}, examples=[], complete=False)
     if resume and (work / "done.json").exists():
         done = json.loads((work / "done.json").read_text())
-        if (work / "rows").stat().st_size < ROW.itemsize * done["rows"]:
-            raise DataError(f"{work}: damaged, or of an older version; leave --resume out to start over")
+        if done.get("row") != str(ROW):
+            raise DataError(f"{work}: written by another version; leave --resume out to start over")
         for key in options.keys() - {"errors", "skip_bad", "val_fraction", "shard_tokens"}:
             if done["options"][key] != options[key]:
                 raise DataError(f"{work}: {key} was {done['options'][key]}, now it is {options[key]}; leave "

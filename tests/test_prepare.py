@@ -90,10 +90,15 @@ def test_the_same_command_gives_the_same_bytes(tmp_path):
     assert bins[0] == bins[1]
 
 
-def test_small_corpora_still_get_both_sides(tmp_path):
+def test_small_corpora_still_get_both_sides(tmp_path, monkeypatch):
     text = "".join(f"line {i}\n" for i in range(100))
     (tmp_path / "one.txt").write_text(text)
     p.prepare([str(tmp_path / "one.txt")], str(tmp_path / "out"), "bytes", 0.1)
+    train, val = documents_of(tmp_path / "out/train.bin"), documents_of(tmp_path / "out/val.bin")
+    assert train[0] + val[0] == text and train[0].endswith("\n") and 0.05 < len(val[0]) / len(text) < 0.15
+
+    monkeypatch.setattr(p, "PIECE", 64)         # the same, of a text that comes in pieces
+    p.prepare([str(tmp_path / "one.txt")], str(tmp_path / "out"), "bytes", 0.1, keep_duplicates=True)
     train, val = documents_of(tmp_path / "out/train.bin"), documents_of(tmp_path / "out/val.bin")
     assert train[0] + val[0] == text and train[0].endswith("\n") and 0.05 < len(val[0]) / len(text) < 0.15
 
@@ -315,19 +320,35 @@ def test_the_number_of_workers_changes_no_byte(corpus):
         assert same_bins(corpus / "out", corpus / "whole")
 
 
-def test_a_killed_run_goes_on_to_the_same_bytes(corpus, monkeypatch):
-    monkeypatch.setattr(p, "digest", lambda batch, digest=p.digest: (time.sleep(0.01), digest(batch))[1])
+def slow_digest(batch, digest=p.digest):
+    time.sleep(0.01)
+    return digest(batch)
+
+
+def alive(group):
+    """Whether a process of this group still runs (a zombie does not)."""
+    stats = [path.read_text().rpartition(")")[2].split() for path in Path("/proc").glob("[0-9]*/stat")]
+    return any(state != "Z" and int(pgrp) == group for state, _, pgrp, *_ in stats)
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes_and_leaves_no_process(corpus, monkeypatch):
+    monkeypatch.setattr(p, "digest", slow_digest)
     moments, killed = random.Random(0), 0
-    for _ in range(50):
+    for n in range(50):
         pid = os.fork()
         if pid == 0:
-            p.prepare([str(corpus / "a.jsonl")], str(corpus / "out"), "bytes", 0.1, workers=1, resume=True)
+            os.setsid()
+            p.prepare([str(corpus / "a.jsonl")], str(corpus / "out"), "bytes", 0.1, workers=1 + n % 2, resume=True)
             os._exit(0)
         time.sleep(moments.uniform(0.05, 0.5))
         os.kill(pid, signal.SIGKILL)
         if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0:
             break
         killed += 1
+        end = time.monotonic() + 30
+        while alive(pid) and time.monotonic() < end:
+            time.sleep(0.01)
+        assert not alive(pid)
     assert 2 <= killed < 50 and same_bins(corpus / "out", corpus / "whole")
     assert sorted(f.name for f in (corpus / "out").iterdir()) == ["meta.json", "train.bin", "val.bin"]
 
@@ -340,6 +361,10 @@ def test_resume_skips_what_is_done_and_refuses_other_options(corpus, refused, ru
         p.prepare([str(corpus / "a.jsonl")], str(corpus / "out"), "bytes", 0.1)
     done = json.loads((corpus / "out/prepare.work/done.json").read_text())
     assert 1400 < done["records"] < 1501
+    (corpus / "out/prepare.work/done.json").write_text(json.dumps(done | {"row": "another"}))
+    with pytest.raises(DataError, match="written by another version"):
+        p.prepare([str(corpus / "a.jsonl")], str(corpus / "out"), "bytes", 0.1, resume=True)
+    (corpus / "out/prepare.work/done.json").write_text(json.dumps(done))
     with pytest.raises(DataError, match="field was text, now it is body"):
         p.prepare([str(corpus / "a.jsonl")], str(corpus / "out"), "bytes", 0.1, field="body", resume=True)
     p.prepare([str(corpus / "a.jsonl")], str(corpus / "out"), "bytes", 0.1, resume=True, skip_bad=True)
@@ -381,20 +406,28 @@ def test_shards_are_read_as_one(corpus):
 
 
 def test_a_corpus_larger_than_the_memory_it_may_use(tmp_path):
-    """120 MB, 100,000 documents, in a process that may have 100 MB above what it needs for a small one."""
+    """120 MB as 100,000 documents, and as a single one, in a process that may have 100 MB above what it needs for a
+    small corpus; for pieces of 1 MB, for with those of 16 MB it would take a corpus of gigabytes to show."""
     line = json.dumps({"text": sentences(1, 180)}) + "\n"
-    for name, n in (("a.jsonl", 100_000), ("b.jsonl", 100)):
+    for name, n in (("a.jsonl", 100_000), ("b.jsonl", 100), ("c.txt", 100_000)):
         with open(tmp_path / name, "w") as f:
             f.writelines(line.replace('": "', f'": "{i} ', 1) for i in range(n))
-    peak = "import resource, prepare as p; p.prepare({!r}, 'out', 'bytes', 0.05, keep_duplicates=True); " \
+    peak = "import resource, prepare as p; p.PIECE = 2**20; " \
+           "p.prepare({!r}, 'out', 'bytes', 0.05, keep_duplicates=True); " \
            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     peaks = [int(subprocess.run([sys.executable, "-c", peak.format([name])], cwd=tmp_path, check=True, text=True,
                                 env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True).stdout)
-             for name in ("b.jsonl", "a.jsonl")]
-    assert (tmp_path / "a.jsonl").stat().st_size > 120e6 and peaks[1] - peaks[0] < 100_000       # KiB
+             for name in ("b.jsonl", "a.jsonl", "c.txt")]
+    assert (tmp_path / "c.txt").stat().st_size > 120e6 and max(peaks) - peaks[0] < 100_000       # KiB
 
 
 # ---- what is left out
+
+
+def test_words_are_compared_without_case_and_punctuation():
+    every = "".join(f"{chr(i)} x{chr(i)}Y" for i in range(0x110000) if not 0xD800 <= i < 0xE000)
+    expected = "".join(c for c in every.lower() if c.isalnum() or c.isspace()).split()
+    assert [word.decode() for word in p.normalise(every)] == expected
 
 
 def test_repeated_documents_are_left_out(tmp_path):
