@@ -419,7 +419,7 @@ def parse(argv):
                         help=f"of {', '.join(TEST_SETS)} (default: all), or none")
     parser.add_argument("--eval_data", metavar="DIR", help="where the test sets lie; default: downloaded")
     parser.add_argument("--limit", type=int, metavar="N", help="the first N items of each task")
-    parser.add_argument("--data", metavar="DATA", help="a bin, or a data set, to score, or none; default: the run's own")
+    parser.add_argument("--data", metavar="DATA", help="a bin or data set to score, or none; default: the run's own")
     parser.add_argument("--bpb", nargs="+", default=[], metavar="NAME=FILE", help="bits per byte of these documents")
     parser.add_argument("--max_docs", type=int, default=3000, help="of each of these files (default 3000)")
     parser.add_argument("--audit", metavar="DATA", help="a data set whose training bins may hold test items")

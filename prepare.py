@@ -598,10 +598,10 @@ MIX = np.uint64(0x9E3779B97F4A7C15)
 OWN = {"train": 2.0, "val": -1.0}       # positions of documents whose source has its own split
 
 
-def position(text):
+def position(data):
     """A number in [0, 1) that depends on the document alone: below val_fraction it is for validation, so
     that the same document always falls on the same side, whatever else is in the corpus."""
-    digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest()
+    digest = hashlib.blake2b(data, digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
 
 
@@ -677,7 +677,7 @@ def make_tools(options):
 
 
 def text_of(data, where, options, component="", counts=None):
-    """The text of a record; None for an empty line, or where it is not of the Pile's component, or where
+    """The text of a record, in UTF-8; None for an empty line, or where it is not of the Pile's component, or where
     --skip_bad leaves it out, which is counted. Raises DataError."""
     path, line, offset = where
     text = data
@@ -700,14 +700,13 @@ def text_of(data, where, options, component="", counts=None):
             except (ValueError, KeyError, TypeError, RecursionError):
                 text = None
     try:
-        text.encode("utf-8")            # JSON can spell half a surrogate pair, UTF-8 cannot
+        return text.encode()            # JSON can spell half a surrogate pair, UTF-8 cannot
     except (AttributeError, UnicodeEncodeError):
         if not options["skip_bad"]:
             raise DataError(f'{path}, {line}: expected a JSON object with valid Unicode text in '
                             f'"{options["field"]}"; --skip_bad leaves such lines out') from None
         counts["bad lines"] += 1
         return None
-    return text
 
 
 def component_of(source):
@@ -719,29 +718,29 @@ def component_of(source):
 def texts(source, field="text"):
     """The texts of any source, for other uses than bins. Raises DataError."""
     for _, data, _, where in records(source, field):
-        text = text_of(data, where, dict(field=field, errors="strict", skip_bad=False), component_of(source))
-        if text:
-            yield text
+        data = text_of(data, where, dict(field=field, errors="strict", skip_bad=False), component_of(source))
+        if data:
+            yield data.decode()
 
 
 def digest(batch):
     """What a batch of (source, record) comes to: rows (n,) of ROW, whose tokens are in this process's file, counts
     by source, and examples of documents that shared something with test items."""
     options, tokenizer, grams, file = (TOOLS[key] for key in ("options", "tokenizer", "grams", "file"))
-    rows, signatures, counts, examples = [], [], {}, []
+    rows, signatures, counts, examples, end = [], [], {}, [], file.tell()
     for source, (side, data, first, where) in batch:
         count = counts.setdefault(str(source), Counter())
-        text = text_of(data, where, options, component_of(options["sources"][source]), count)
-        if not text:
+        data = text_of(data, where, options, component_of(options["sources"][source]), count)
+        if not data:
             continue
-        at = OWN[side] if side else position(text)
-        passages, items = without_test_items(text, grams) if grams else ([text], ())
+        at = OWN[side] if side else position(data)
+        passages, items = without_test_items(data.decode(), grams) if grams else ([], ())
         if items:
             count["contaminated"] += 1
-            count["characters cut"] += len(text) - sum(map(len, passages))
+            count["characters cut"] += len(data.decode()) - sum(map(len, passages))
             examples.append([f"{where[0]} {where[1] or ''}".strip(), sorted(map(list, items))[:3]])
-        for passage in passages:
-            for data in pieces(io.BytesIO(passage.encode())):
+        for passage in [passage.encode() for passage in passages] if items else [data]:
+            for data in pieces(io.BytesIO(passage)):
                 piece = data.decode()
                 exact = bytes(16)
                 if not options["keep_duplicates"]:
@@ -749,9 +748,9 @@ def digest(batch):
                     exact = hashlib.blake2b(b" ".join(words) or data, digest_size=16).digest()
                     signatures.append(signature(words))
                 ids = tokenizer.encode_to_numpy(piece, allowed_special=set(), disallowed_special=())
-                rows.append((source, at, first, len(data), len(ids), os.getpid(), file.tell(),
+                rows.append((source, at, first, len(data), len(ids), os.getpid(), end,
                              np.frombuffer(exact, "<u8"), 0))
-                file.write(ids.astype("<u2"))           # a literal <|endoftext|> stays plain text
+                end += file.write(ids.astype("<u2"))    # a literal <|endoftext|> stays plain text
                 first = False
             first = True
     file.flush()

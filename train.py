@@ -761,8 +761,9 @@ def main(argv):
     if state:
         say(f"going on from {path}.state.pt at step {step}; --resume=false starts over")
     for parent in lineage:
-        say(f"comes from {parent['from']}{': ' * ('how' in parent)}{parent.get('how', '')}, "
-            f"{parent.get('tokens', 0) / 1e6:,.1f}M tokens, {parent.get('flops', 0):.2e} FLOPs")
+        say(f"comes from {parent['from']}{': ' * ('how' in parent)}{parent.get('how', '')}"
+            + (f", {parent['tokens'] / 1e6:,.1f}M tokens, {parent.get('flops', 0):.2e} FLOPs"
+               if parent.get("tokens") else ""))
     log = None
     if master:
         versions = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)

@@ -2,10 +2,10 @@
 
     python tests/bench_prepare.py [--text FILE.jsonl] [--workers 2] [--rounds 3]
 
-Without --text: the installed Python packages. Each row is a fresh process, in turns; what is printed is the median of the
-rounds, of times and of ratios within a round. tiktoken in as many processes at once, with nothing to read, pass on or
-write, is what the machine can give. nanoGPT's way: datasets.map with encode_ordinary in as many processes, then a memmap filled from 1024 shards
-(its loading of the text into Arrow is not counted; ours reads and parses the .jsonl).
+Without --text: the installed Python packages. Each row is a fresh process, in turns; what is printed are medians over
+the rounds, of times and of ratios within a round. tiktoken in as many processes at once, with nothing to read, pass
+on or write, is what the machine can give. nanoGPT's way: datasets.map with encode_ordinary in as many processes, then
+a memmap filled from 1024 shards (its loading of the text into Arrow is not counted; ours reads and parses the .jsonl).
 Needs pip install datasets; EVAL_DATA names a folder of the test sets.
 """
 import argparse
@@ -126,8 +126,8 @@ def main():
                 tokens[row], took = result.stdout.split()[-2:]
                 seconds[row].append(float(took))
     print(f"{size / 1e6:,.0f} MB of text, {args.workers} workers, {args.rounds} rounds, Python "
-          f"{platform.python_version()}, tiktoken {tiktoken.__version__}\n\n| | tokens | seconds | million tokens/s | of "
-          "tiktoken x workers | of tiktoken at once | of nanoGPT's way |\n|---|---|---|---|---|---|---|")
+          f"{platform.python_version()}, tiktoken {tiktoken.__version__}\n\n| | tokens | seconds | million tokens/s "
+          "| of tiktoken x workers | of tiktoken at once | of nanoGPT's way |\n|---|---|---|---|---|---|---|")
 
     def against(row, other):
         """How many times the text a second of the other row."""

@@ -209,7 +209,8 @@ def test_grow_then_train_then_evaluate(workspace, run):
     for out, steps in (("a", 3), ("a", 6), ("b", 6)):
         result = run("train.py", *start, f"--out_dir=out/{out}", f"--max_steps={steps}", cwd=workspace)
         assert result.returncode == 0, result.stderr
-    assert "comes from out/tiny.pt: n_layer 2 to 5" in result.stdout
+    assert re.search(r"(?m)^comes from out/tiny.pt: n_layer 2 to 5 .* tokens, .* FLOPs$", result.stdout)
+    assert re.search(r"(?m)^comes from out/grown-init.pt$", result.stdout)
     assert "out/grown-init.optimizer.pt: AdamW goes on from it" in result.stdout
     a, b = (m.load_pickle(str(workspace / f"out/{out}/tiny.state.pt")) for out in "ab")
     assert all(torch.equal(p, b["model"][name]) for name, p in a["model"].items())

@@ -675,7 +675,7 @@ def test_fine_tuning_starts_from_a_hugging_face_folder(workspace, run):
     hf.save_pretrained(workspace / "hf")
     result = run("train.py", str(ROOT / "configs/wikitext2.py"), "--data=data/tiny", "--init_from=hf", "--block_size=32",
                  "--dtype=float32", cwd=workspace)
-    assert result.returncode == 0, result.stderr
+    assert result.returncode == 0 and "comes from hf\n" in result.stdout, result.stderr
     n_blocks = (len((workspace / "data/tiny/train.bin").read_bytes()) // 2 - 1) // 32
     log = records(workspace / "out/wikitext2.jsonl")
     assert log[-1]["step"] == math.ceil(n_blocks / 8)
