@@ -39,7 +39,7 @@ def same(cell, value):
 def test_every_log_shows_its_curve_and_command_and_hides_no_machine():
     for path in LOGS.glob("*.md"):
         text = path.read_text()
-        assert re.search(r"^    .*(python|torchrun|pip) ", text, re.M), path
+        assert re.search(r"^    (python|torchrun|pip) ", text, re.M), path
         assert not re.search(r"/work|/tmp|/root|/home", text), path
         for picture in re.findall(r"!\[.*?\]\((.*?)\)", text):
             assert (LOGS / picture).exists(), (path, picture)
@@ -70,9 +70,10 @@ def test_context_length():
         loss = r["val_loss"][-1][1]
         assert same(row["val loss before"], r["val_loss"][0][1]) and same(row["train loss"], r["loss"][-1][1])
         assert same(row["val loss"], loss) and same(row["val ppl"], math.exp(loss))
-        # WikiText-2's official counts: 213,886 words of validation; 258,719 tokens with GPT-2's vocabulary
+        # WikiText-2's official counts: 213,886 words of validation; 258,719 tokens with GPT-2's vocabulary. Half of
+        # these tokens were scored, so the ratio is theirs but for the sample
         tokens_per_word = math.log(r["last"]["word_perplexity"]) / loss
-        assert tokens_per_word == pytest.approx(258_719 / 213_886, rel=0.02)       # of half of them
+        assert tokens_per_word == pytest.approx(258_719 / 213_886, rel=4e-3)
         assert same(row["adj val ppl"], r["last"]["word_perplexity"])
 
 

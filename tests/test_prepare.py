@@ -406,18 +406,18 @@ def test_shards_are_read_as_one(corpus):
 
 
 def test_a_corpus_larger_than_the_memory_it_may_use(tmp_path):
-    """120 MB as 100,000 documents, and as a single one, in a process that may have 100 MB above what it needs for a
-    small corpus; for pieces of 1 MB, for with those of 16 MB it would take a corpus of gigabytes to show."""
+    """120 MB as 100,000 documents, and as a single one in pieces of 1 MB, in a process that may have 100 MB above what
+    it needs for a small corpus."""
     line = json.dumps({"text": sentences(1, 180)}) + "\n"
     for name, n in (("a.jsonl", 100_000), ("b.jsonl", 100), ("c.txt", 100_000)):
         with open(tmp_path / name, "w") as f:
             f.writelines(line.replace('": "', f'": "{i} ', 1) for i in range(n))
-    peak = "import resource, prepare as p; p.PIECE = 2**20; " \
+    peak = "import resource, prepare as p; p.PIECE = 2**{}; " \
            "p.prepare({!r}, 'out', 'bytes', 0.05, keep_duplicates=True); " \
            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
-    peaks = [int(subprocess.run([sys.executable, "-c", peak.format([name])], cwd=tmp_path, check=True, text=True,
+    peaks = [int(subprocess.run([sys.executable, "-c", peak.format(size, [name])], cwd=tmp_path, check=True, text=True,
                                 env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True).stdout)
-             for name in ("b.jsonl", "a.jsonl", "c.txt")]
+             for size, name in ((24, "b.jsonl"), (24, "a.jsonl"), (20, "c.txt"))]
     assert (tmp_path / "c.txt").stat().st_size > 120e6 and max(peaks) - peaks[0] < 100_000       # KiB
 
 
