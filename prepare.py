@@ -35,7 +35,7 @@ import urllib.request
 import zipfile
 import zlib
 from collections import Counter, deque
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from fnmatch import fnmatch
@@ -46,6 +46,7 @@ from pathlib import Path
 from threading import Thread
 
 import numpy as np
+import orjson
 import tiktoken
 from tqdm import tqdm
 
@@ -110,8 +111,9 @@ def count_words(tokens, tokenizer):
 
 # ---------------------------------------------------------------------------------------------
 # Sources. A record is (side, data, first, (path, line, offset)). side: "train" or "val" where the source
-# has its own, else None. data: a text, or bytes: of a .txt, or, where there is a line, of JSON. first:
-# whether a document begins here, for a .txt of more than PIECE bytes comes in pieces.
+# has its own, else None. data: a text, or bytes: of a .txt, or, where line is a number, lines of JSON from
+# that line on; of a file that is not compressed only their number, for a worker reads them faster than it is handed
+# them. first: whether a document begins here, for a .txt of more than PIECE bytes comes in pieces.
 
 
 def python_files(root):
@@ -312,7 +314,7 @@ def open_file(path, bar=None):
             except ImportError:
                 raise DataError(f"{path}: pip install backports.zstd to read it") from None
         opener, damaged = zstd.open, (*damaged, zstd.ZstdError)
-    with io.BufferedReader(io.FileIO(path) if bar is None else Counted(path, bar), 2**20) as raw:
+    with io.BufferedReader(io.FileIO(path) if bar is None else Counted(path, bar), 2**18) as raw:
         try:
             yield opener(raw) if opener else raw
         except damaged as e:
@@ -368,18 +370,34 @@ def read_parquet(f, path, field):
 
 def read_stream(f, path, lines, field="text"):
     """The records of an open .parquet, .jsonl (lines) or .txt."""
-    offset = 0
-    if Path(path).suffix == ".parquet":
+    suffix, number, offset = Path(path).suffix, 1, 0
+    if suffix == ".parquet":
         for number, text in enumerate(read_parquet(f, path, field)):
             yield None, text, True, (str(path), f"row {number}", 0)
+    elif suffix == ".jsonl":
+        yield from whole_lines(f, str(path))
     elif lines:
-        for number, line in enumerate(f, 1):
-            yield None, line, True, (str(path), f"line {number}", offset)
-            offset += len(line)
-    else:
-        for number, data in enumerate(pieces(f)):
-            yield None, data, number == 0, (str(path), None, offset)
+        while data := f.read(BATCH):
+            data += f.readline()
+            yield None, data, True, (str(path), number, offset)
+            number += data.count(b"\n")
             offset += len(data)
+    else:
+        for data in pieces(f):
+            yield None, len(data) if suffix == ".txt" else data, offset == 0, (str(path), None, offset)
+            offset += len(data)
+
+
+def whole_lines(f, path):
+    """The records of an open .jsonl: where its lines lie, some BATCH bytes together."""
+    buffer, begin, line, at = bytearray(BATCH), 0, 1, 0
+    while n := f.readinto(buffer):
+        if end := buffer.rfind(b"\n", 0, n) + 1:
+            yield None, at + end - begin, True, (path, line, begin)
+            begin, line = at + end, line + buffer.count(b"\n", 0, end)
+        at += n
+    if at > begin:
+        yield None, at - begin, True, (path, line, begin)
 
 
 def records(source, field="text", bar=None):
@@ -676,6 +694,24 @@ def make_tools(options):
                      grams=test_grams(names, options["eval_data"]) if names else None)
 
 
+def each(record):
+    """The records of one document or piece each that a record stands for: of many lines, each line. data that is a
+    number of bytes is read here. Raises DataError."""
+    side, data, first, (path, line, offset) = record
+    if isinstance(data, int):
+        with open(path, "rb") as f:
+            f.seek(offset)
+            n, data = data, f.read(data)
+        if len(data) < n:
+            raise DataError(f"{path}: became shorter while it was read")
+    if not isinstance(line, int):
+        yield side, data, first, (path, line, offset)
+        return
+    for number, data in enumerate(io.BytesIO(data), line):
+        yield side, data, first, (path, f"line {number}", offset)
+        offset += len(data)
+
+
 def text_of(data, where, options, component="", counts=None):
     """The text of a record, in UTF-8; None for an empty line, or where it is not of the Pile's component, or where
     --skip_bad leaves it out, which is counted. Raises DataError."""
@@ -689,11 +725,15 @@ def text_of(data, where, options, component="", counts=None):
                 raise
             text = data.decode("utf-8", errors="replace")
             counts["not UTF-8"] += 1
-        if line and not text.strip():
+        if line and text.isspace():
             return None
         if line:
             try:
-                item = json.loads(text.lstrip("\ufeff"))
+                text = text.lstrip("\ufeff")
+                try:
+                    item = orjson.loads(text)
+                except orjson.JSONDecodeError:
+                    item = json.loads(text)     # takes NaN too, as Python writes it
                 if component and item["meta"]["pile_set_name"] != component:
                     return None
                 text = item[options["field"]]
@@ -717,7 +757,7 @@ def component_of(source):
 
 def texts(source, field="text"):
     """The texts of any source, for other uses than bins. Raises DataError."""
-    for _, data, _, where in records(source, field):
+    for _, data, _, where in chain.from_iterable(map(each, records(source, field))):
         data = text_of(data, where, dict(field=field, errors="strict", skip_bad=False), component_of(source))
         if data:
             yield data.decode()
@@ -728,7 +768,8 @@ def digest(batch):
     by source, and examples of documents that shared something with test items."""
     options, tokenizer, grams, file = (TOOLS[key] for key in ("options", "tokenizer", "grams", "file"))
     rows, signatures, counts, examples, end = [], [], {}, [], file.tell()
-    for source, (side, data, first, where) in batch:
+    eot = np.array([tokenizer.eot_token], "<u2")
+    for source, (side, data, first, where) in ((source, one) for source, record in batch for one in each(record)):
         count = counts.setdefault(str(source), Counter())
         data = text_of(data, where, options, component_of(options["sources"][source]), count)
         if not data:
@@ -750,7 +791,7 @@ def digest(batch):
                 ids = tokenizer.encode_to_numpy(piece, allowed_special=set(), disallowed_special=())
                 rows.append((source, at, first, len(data), len(ids), os.getpid(), end,
                              np.frombuffer(exact, "<u8"), 0))
-                end += file.write(ids.astype("<u2"))    # a literal <|endoftext|> stays plain text
+                end += file.write(ids.astype("<u2")) + file.write(eot)      # a literal <|endoftext|> stays plain text
                 first = False
             first = True
     file.flush()
@@ -842,38 +883,55 @@ def jaccard(a, b):
 
 class BinWriter:
     """Writes one side: OUT/SIDE.bin, or OUT/SIDE-00000.bin and so on, each of shard_tokens tokens or a document
-    more, all under .tmp names. splits: what meta.json says of each."""
+    more, all under .tmp names. splits: what meta.json says of each. Tokens that lie on end in a worker's file are
+    copied at once, with the <|endoftext|> that follows each row's there."""
 
-    def __init__(self, out, side, shard_tokens, encoding):
-        self.out, self.side, self.shard_tokens = out, side, shard_tokens
-        self.eot = np.array([encoding.eot_token], "<u2")
-        self.splits, self.file = {}, None
+    def __init__(self, out, side, shard_tokens, files):
+        self.out, self.side, self.shard_tokens, self.files = out, side, shard_tokens, files
+        self.splits, self.bin, self.thread = {}, None, ThreadPoolExecutor(1)
+        self.file, self.begin, self.end = None, 0, 0        # the bytes that come next, not yet copied
 
-    def add(self, tokens, n_bytes):
-        """tokens: (n,) uint16 of a document or a piece of one; n_bytes: of its text."""
-        if self.file is None:
+    def add(self, file, at, n_tokens, n_bytes):
+        """A document, or a piece of one: its tokens begin at byte `at` of a file; n_bytes: of its text."""
+        if self.bin is None:
             self.name = self.side + f"-{len(self.splits):05}" * (self.shard_tokens is not None)
-            self.file, self.sha256 = open(self.out / f"{self.name}.bin.tmp", "wb"), hashlib.sha256()
-            self.splits[self.name] = dict(documents=0, bytes=0, tokens=0)
-        self.file.write(tokens)
-        self.sha256.update(tokens)
+            self.bin, self.sha256 = open(self.out / f"{self.name}.bin.tmp", "wb"), hashlib.sha256()
+            self.splits[self.name], self.hashing = dict(documents=0, bytes=0, tokens=0), deque()
+        if (file, at) != (self.file, self.end) or self.end - self.begin >= BATCH:
+            self.copy()
+            self.file, self.begin, self.end = file, at, at
+        self.end += 2 * n_tokens
         self.splits[self.name]["bytes"] += n_bytes
-        self.splits[self.name]["tokens"] += len(tokens)
+        self.splits[self.name]["tokens"] += n_tokens
 
-    def end(self):
-        """The document is complete."""
-        self.add(self.eot, 0)
+    def end_document(self):
+        self.end += 2
+        self.splits[self.name]["tokens"] += 1
         self.splits[self.name]["documents"] += 1
         if self.shard_tokens and self.splits[self.name]["tokens"] >= self.shard_tokens:
             self.close()
 
+    def copy(self):
+        """Writes what comes next, while a thread hashes what came before."""
+        if self.end > self.begin:
+            self.files[self.file].seek(self.begin)
+            data = self.files[self.file].read(self.end - self.begin)
+            self.begin = self.end
+            self.hashing.append(self.thread.submit(self.sha256.update, data))
+            self.bin.write(data)
+            if len(self.hashing) > 4:
+                self.hashing.popleft().result()
+
     def close(self):
-        if self.file:
-            self.file.flush()
-            os.fsync(self.file.fileno())
-            self.file.close()
+        if self.bin:
+            self.copy()
+            self.bin.flush()
+            os.fsync(self.bin.fileno())
+            self.bin.close()
+            self.bin = None
+            for future in self.hashing:
+                future.result()
             self.splits[self.name]["sha256"] = self.sha256.hexdigest()
-            self.file = None
 
 
 def prepare(sources, out, tokenizer="gpt2", val_fraction=0.05, *, field="text", errors="strict", skip_bad=False,
@@ -893,10 +951,11 @@ def prepare(sources, out, tokenizer="gpt2", val_fraction=0.05, *, field="text", 
                    eval_data=eval_data, shard_tokens=shard_tokens)
     TOOLS.clear()
     work = out / "prepare.work"
-    done = dict(row=str(ROW), options=options, records=0, rows=0, counts={}, examples=[], complete=False)
+    layout = [2, BATCH, PIECE]          # of what lies in work; its version first
+    done = dict(layout=layout, options=options, records=0, rows=0, counts={}, examples=[], complete=False)
     if resume and (work / "done.json").exists():
         done = json.loads((work / "done.json").read_text())
-        if done.get("row") != str(ROW):
+        if done.get("layout") != layout:
             raise DataError(f"{work}: written by another version; leave --resume out to start over")
         for key in options.keys() - {"errors", "skip_bad", "val_fraction", "shard_tokens"}:
             if done["options"][key] != options[key]:
@@ -929,9 +988,10 @@ def tokenize(sources, work, options, done, workers):
     def batches(bar):
         every = ((k, record) for k, source in enumerate(sources) for record in records(source, options["field"], bar))
         batch, size = [], 0
-        for item in islice(every, done["records"], None):
-            batch.append(item)
-            size += len(item[1][1] or "")
+        for source, record in islice(every, done["records"], None):
+            batch.append((source, record))
+            data = record[1]
+            size += data if isinstance(data, int) else len(data or "")
             if size >= BATCH:
                 taken.append(len(batch))
                 yield batch
@@ -990,38 +1050,38 @@ def assemble(work, out, options, done, encoding):
     of = np.full(len(rows), -1, np.int8) if options["keep_duplicates"] else repeats(rows, text_at)
     sides, cut = sides_of_few(rows, of, options["val_fraction"], ids_at, encoding)
 
-    writers = {side: BinWriter(out, side, options["shard_tokens"], encoding) for side in ("train", "val")}
+    writers = {side: BinWriter(out, side, options["shard_tokens"], files) for side in ("train", "val")}
     report = [dict(source=source, documents=0, bytes=0, tokens=0, duplicates=0, duplicate_bytes=0,
                    **done["counts"].get(str(k), {})) for k, source in enumerate(options["sources"])]
     examples, document, writer, wrote = [], -1, None, False
     meta_path = out / "meta.json"
     try:
         for i in tqdm(range(len(rows)), desc="writing", unit="doc", delay=3, leave=False):
-            source, position, first, n_bytes, n, *_ = rows[i].item()
+            source, position, first, n_bytes, n, file, at, *_ = rows[i].item()
             if first:
                 if wrote:
-                    writer.end()
+                    writer.end_document()
                 document, wrote = document + 1, False
                 writer = writers[sides.get(document, "val" if position < options["val_fraction"] else "train")]
             if of[i] < 0:
-                ids, rest = ids_at(i), n_bytes
-                if cut and cut[0] == i:         # the lone document's end begins here
-                    head, ids = np.split(ids, [cut[1]])
-                    rest = len(encoding.decode_bytes(ids.tolist()))
-                    writer.add(head, n_bytes - rest)
-                    writer.end()
-                    writer = writers["val"]
-                writer.add(ids, rest)
-                wrote = True
                 for key, value in dict(documents=first, bytes=n_bytes, tokens=n).items():
                     report[source][key] += value
+                if cut and cut[0] == i:         # the lone document's end begins here
+                    head = ids_at(i)[:cut[1]]
+                    size = len(encoding.decode_bytes(head.tolist()))
+                    files[0] = io.BytesIO(np.append(head, encoding.eot_token).astype("<u2"))
+                    writer.add(0, 0, len(head), size)
+                    writer.end_document()
+                    writer, at, n, n_bytes = writers["val"], at + 2 * len(head), n - len(head), n_bytes - size
+                writer.add(file, at, n, n_bytes)
+                wrote = True
             else:
                 report[source]["duplicates"] += first
                 report[source]["duplicate_bytes"] += n_bytes
                 if len(examples) < 10:
                     examples.append([text_at(j)[:80] for j in (of[i], i)])
         if wrote:
-            writer.end()
+            writer.end_document()
         splits = {}
         for side, writer in writers.items():
             writer.close()
