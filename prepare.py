@@ -40,7 +40,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from functools import lru_cache
-from itertools import chain, islice
+from itertools import chain, islice, pairwise
 from multiprocessing import parent_process
 from pathlib import Path
 from threading import Thread
@@ -394,7 +394,7 @@ def whole_lines(f, path):
     while n := f.readinto(buffer):
         if end := buffer.rfind(b"\n", 0, n) + 1:
             yield None, at + end - begin, True, (path, line, begin)
-            begin, line = at + end, line + buffer.count(b"\n", 0, end)
+            begin, line = at + end, line + np.count_nonzero(np.frombuffer(buffer, np.uint8, end) == 10)
         at += n
     if at > begin:
         yield None, at - begin, True, (path, line, begin)
@@ -883,40 +883,46 @@ def jaccard(a, b):
 
 class BinWriter:
     """Writes one side: OUT/SIDE.bin, or OUT/SIDE-00000.bin and so on, each of shard_tokens tokens or a document
-    more, all under .tmp names. splits: what meta.json says of each. Tokens that lie on end in a worker's file are
-    copied at once, with the <|endoftext|> that follows each row's there."""
+    more, all under .tmp names. splits: what meta.json says of each. files: the workers', by number."""
 
     def __init__(self, out, side, shard_tokens, files):
         self.out, self.side, self.shard_tokens, self.files = out, side, shard_tokens, files
         self.splits, self.bin, self.thread = {}, None, ThreadPoolExecutor(1)
-        self.file, self.begin, self.end = None, 0, 0        # the bytes that come next, not yet copied
 
-    def add(self, file, at, n_tokens, n_bytes):
-        """A document, or a piece of one: its tokens begin at byte `at` of a file; n_bytes: of its text."""
-        if self.bin is None:
-            self.name = self.side + f"-{len(self.splits):05}" * (self.shard_tokens is not None)
-            self.bin, self.sha256 = open(self.out / f"{self.name}.bin.tmp", "wb"), hashlib.sha256()
-            self.splits[self.name], self.hashing = dict(documents=0, bytes=0, tokens=0), deque()
-        if (file, at) != (self.file, self.end) or self.end - self.begin >= BATCH:
-            self.copy()
-            self.file, self.begin, self.end = file, at, at
-        self.end += 2 * n_tokens
-        self.splits[self.name]["bytes"] += n_bytes
-        self.splits[self.name]["tokens"] += n_tokens
+    def add(self, rows, document):
+        """Adds whole documents. rows: (n,) of ROW; document: (n,) of each row some number of its document."""
+        last = np.append(document[1:] != document[:-1], True)[:len(rows)]       # of its document's rows
+        n_tokens = np.cumsum(rows["tokens"] + last)
+        begins = rows["at"]
+        ends = begins + 2 * (rows["tokens"] + last)     # <|endoftext|> follows each row's tokens in a worker's file
+        apart = np.flatnonzero((rows["file"][1:] != rows["file"][:-1]) | (begins[1:] != ends[:-1])) + 1
+        i = 0
+        while i < len(rows):
+            if self.bin is None:
+                self.open()
+            split, j, before = self.splits[self.name], len(rows), n_tokens[i - 1] if i else 0
+            if self.shard_tokens:
+                full = np.flatnonzero(last & (split["tokens"] + n_tokens - before >= self.shard_tokens))[:1]
+                j = int(full[0]) + 1 if len(full) else j
+            for a, b in pairwise([i, *apart[(i < apart) & (apart < j)].tolist(), j]):
+                self.copy(self.files[int(rows["file"][a])], int(begins[a]), int(ends[b - 1]))
+            split["documents"] += int(last[i:j].sum())
+            split["bytes"] += int(rows["bytes"][i:j].sum())
+            split["tokens"] += int(n_tokens[j - 1] - before)
+            if self.shard_tokens and split["tokens"] >= self.shard_tokens:
+                self.close()
+            i = j
 
-    def end_document(self):
-        self.end += 2
-        self.splits[self.name]["tokens"] += 1
-        self.splits[self.name]["documents"] += 1
-        if self.shard_tokens and self.splits[self.name]["tokens"] >= self.shard_tokens:
-            self.close()
+    def open(self):
+        self.name = self.side + f"-{len(self.splits):05}" * (self.shard_tokens is not None)
+        self.bin, self.sha256 = open(self.out / f"{self.name}.bin.tmp", "wb"), hashlib.sha256()
+        self.splits[self.name], self.hashing = dict(documents=0, bytes=0, tokens=0), deque()
 
-    def copy(self):
-        """Writes what comes next, while a thread hashes what came before."""
-        if self.end > self.begin:
-            self.files[self.file].seek(self.begin)
-            data = self.files[self.file].read(self.end - self.begin)
-            self.begin = self.end
+    def copy(self, file, begin, end):
+        """Writes these bytes of a file, while a thread hashes them and those before."""
+        file.seek(begin)
+        for at in range(begin, end, BATCH):
+            data = file.read(min(BATCH, end - at))
             self.hashing.append(self.thread.submit(self.sha256.update, data))
             self.bin.write(data)
             if len(self.hashing) > 4:
@@ -924,7 +930,6 @@ class BinWriter:
 
     def close(self):
         if self.bin:
-            self.copy()
             self.bin.flush()
             os.fsync(self.bin.fileno())
             self.bin.close()
@@ -1040,48 +1045,36 @@ def assemble(work, out, options, done, encoding):
     files = {int(path.name[len("tokens-"):]): open(path, "rb") for path in work.glob("tokens-*")}
 
     def ids_at(i):
-        _, _, _, _, n, file, at, *_ = rows[i].item()
-        files[file].seek(at)
-        return np.frombuffer(files[file].read(2 * n), "<u2")
+        file = files[int(rows["file"][i])]
+        file.seek(rows["at"][i])
+        return np.frombuffer(file.read(2 * rows["tokens"][i]), "<u2")
 
     def text_at(i):
         return encoding.decode(ids_at(i).tolist())
 
     of = np.full(len(rows), -1, np.int8) if options["keep_duplicates"] else repeats(rows, text_at)
-    sides, cut = sides_of_few(rows, of, options["val_fraction"], ids_at, encoding)
+    keep = of < 0
+    examples = [[text_at(j)[:80] for j in (of[i], i)] for i in np.flatnonzero(~keep)[:10]]
+    rows, keep, files[0] = both_sides(rows, keep, options["val_fraction"], ids_at, encoding)
 
     writers = {side: BinWriter(out, side, options["shard_tokens"], files) for side in ("train", "val")}
-    report = [dict(source=source, documents=0, bytes=0, tokens=0, duplicates=0, duplicate_bytes=0,
-                   **done["counts"].get(str(k), {})) for k, source in enumerate(options["sources"])]
-    examples, document, writer, wrote = [], -1, None, False
+    totals = Counter()          # of each source
     meta_path = out / "meta.json"
     try:
-        for i in tqdm(range(len(rows)), desc="writing", unit="doc", delay=3, leave=False):
-            source, position, first, n_bytes, n, file, at, *_ = rows[i].item()
-            if first:
-                if wrote:
-                    writer.end_document()
-                document, wrote = document + 1, False
-                writer = writers[sides.get(document, "val" if position < options["val_fraction"] else "train")]
-            if of[i] < 0:
-                for key, value in dict(documents=first, bytes=n_bytes, tokens=n).items():
-                    report[source][key] += value
-                if cut and cut[0] == i:         # the lone document's end begins here
-                    head = ids_at(i)[:cut[1]]
-                    size = len(encoding.decode_bytes(head.tolist()))
-                    files[0] = io.BytesIO(np.append(head, encoding.eot_token).astype("<u2"))
-                    writer.add(0, 0, len(head), size)
-                    writer.end_document()
-                    writer, at, n, n_bytes = writers["val"], at + 2 * len(head), n - len(head), n_bytes - size
-                writer.add(file, at, n, n_bytes)
-                wrote = True
-            else:
-                report[source]["duplicates"] += first
-                report[source]["duplicate_bytes"] += n_bytes
-                if len(examples) < 10:
-                    examples.append([text_at(j)[:80] for j in (of[i], i)])
-        if wrote:
-            writer.end_document()
+        with tqdm(total=len(rows), desc="writing", unit="doc", delay=3, leave=False) as bar:
+            for block, kept in blocks(rows, keep):
+                firsts = np.flatnonzero(block["first"])
+                document = np.cumsum(block["first"]) - 1
+                validation = block["position"][firsts][document] < options["val_fraction"]
+                for side, writer in writers.items():
+                    mine = kept & (validation == (side == "val"))
+                    writer.add(block[mine], document[mine])
+                for key, values in dict(
+                        documents=block["first"] & kept, bytes=block["bytes"] * kept, tokens=block["tokens"] * kept,
+                        duplicates=block["first"] & ~kept, duplicate_bytes=block["bytes"] * ~kept).items():
+                    for k, value in enumerate(np.bincount(block["source"], values, len(options["sources"]))):
+                        totals[k, key] += int(value)
+                bar.update(len(block))
         splits = {}
         for side, writer in writers.items():
             writer.close()
@@ -1089,6 +1082,9 @@ def assemble(work, out, options, done, encoding):
             if not writer.splits:
                 raise DataError(f"{', '.join(options['sources'])}: no text for {side}; add documents or change "
                                 f"--val_fraction ({options['val_fraction']})")
+        report = [dict(source=source, **{key: totals[k, key] for key in
+                                         ("documents", "bytes", "tokens", "duplicates", "duplicate_bytes")},
+                       **done["counts"].get(str(k), {})) for k, source in enumerate(options["sources"])]
         meta = dict(tokenizer=options["tokenizer"], vocab_size=encoding.n_vocab, splits=splits, sources=report,
                     options=options, examples=dict(duplicates=examples, contaminated=done["examples"]))
         with open(f"{meta_path}.tmp", "w") as f:
@@ -1109,27 +1105,48 @@ def assemble(work, out, options, done, encoding):
     return meta
 
 
-def sides_of_few(rows, of, val_fraction, ids_at, encoding):
-    """A corpus so small that all of it would fall on one side still gets both: ({document: side}, None), where the
-    document of the lowest position is for validation; or, for a lone one, ({0: "train"}, (row, token)), from where,
-    at the beginning of a line, it is for validation."""
-    if np.count_nonzero(rows["first"]) > 1000:
-        return {}, None
-    document = np.cumsum(rows["first"]) - 1                         # of each row
-    kept = np.unique(document[of < 0])
-    at = rows["position"][rows["first"]][kept]
+def blocks(rows, keep):
+    """rows and keep, some 65,536 at a time, cut where a document begins."""
+    begin = 0
+    while begin < len(rows):
+        end = min(begin + 2**16, len(rows))
+        while end < len(rows) and not rows["first"][end]:
+            end += 1
+        yield rows[begin:end], keep[begin:end]
+        begin = end
+
+
+def both_sides(rows, keep, val_fraction, ids_at, encoding):
+    """(rows, keep, file 0). A corpus so small that all of it would fall on one side still gets both: of a few documents
+    the one of the lowest position is for validation; a lone one becomes two, the second, for validation, from the
+    beginning of a line on. The first one's last tokens are then in file 0."""
+    few, nothing = np.count_nonzero(rows["first"]) <= 1000, io.BytesIO()
+    document = np.cumsum(rows["first"] if few else 0) - 1               # of each row
+    kept = np.unique(document[keep]) if few else ()
+    at = rows["position"][rows["first"]][kept] if few else ()
     if not 0 < len(kept) < 20 or set(at) & set(OWN.values()) or len(set(at < val_fraction)) == 2:
-        return {}, None
+        return rows, keep, nothing
+    rows = rows.copy()
     if len(kept) > 1:
-        return {k: "val" if k == kept[at.argmin()] else "train" for k in kept.tolist()}, None
-    mine = np.flatnonzero(of < 0)
+        rows["position"] = np.where(document == kept[at.argmin()], OWN["val"], OWN["train"])
+        return rows, keep, nothing
+    mine = np.flatnonzero(keep)
     ends = np.cumsum(rows["tokens"][mine])
-    start = int((1 - val_fraction) * ends[-1])
-    k = np.searchsorted(ends, start, side="right")
-    start -= ends[k] - rows["tokens"][mine[k]]                      # in the row
+    cut = int((1 - val_fraction) * ends[-1])
+    k = np.searchsorted(ends, cut, side="right")
+    i = mine[k]
+    cut -= ends[k] - rows["tokens"][i]                                  # in the row
     newlines = [token for token in range(encoding.n_vocab) if encoding.decode_single_token_bytes(token).endswith(b"\n")]
-    after = np.flatnonzero(np.isin(ids_at(mine[k])[:start], newlines)) + 1
-    return {int(kept[0]): "train"}, (mine[k], after[-1] if len(after) else start)
+    after = np.flatnonzero(np.isin(ids_at(i)[:cut], newlines)) + 1
+    head = ids_at(i)[:after[-1] if len(after) else cut]
+    size = len(encoding.decode_bytes(head.tolist()))
+    rows = np.concatenate([rows[:i + 1], rows[i:]])
+    rows["position"] = np.where(np.arange(len(rows)) <= i, OWN["train"], OWN["val"])
+    for key, value in dict(first=True, at=2 * len(head), tokens=-len(head), bytes=-size).items():
+        rows[key][i + 1] += value
+    for key, value in dict(file=0, at=0, tokens=len(head), bytes=size).items():
+        rows[key][i] = value
+    return rows, np.insert(keep, i, True), io.BytesIO(np.append(head, encoding.eot_token).astype("<u2"))
 
 
 def open_bin(path, vocab_size=None):
