@@ -394,7 +394,7 @@ def whole_lines(f, path):
     while n := f.readinto(buffer):
         if end := buffer.rfind(b"\n", 0, n) + 1:
             yield None, at + end - begin, True, (path, line, begin)
-            begin, line = at + end, line + np.count_nonzero(np.frombuffer(buffer, np.uint8, end) == 10)
+            begin, line = at + end, line + int(np.count_nonzero(np.frombuffer(buffer, np.uint8, end) == 10))
         at += n
     if at > begin:
         yield None, at - begin, True, (path, line, begin)
