@@ -892,26 +892,26 @@ class BinWriter:
     def add(self, rows, document):
         """Adds whole documents. rows: (n,) of ROW; document: (n,) of each row some number of its document."""
         last = np.append(document[1:] != document[:-1], True)[:len(rows)]       # of its document's rows
-        n_tokens = np.cumsum(rows["tokens"] + last)
-        begins = rows["at"]
-        ends = begins + 2 * (rows["tokens"] + last)     # <|endoftext|> follows each row's tokens in a worker's file
-        apart = np.flatnonzero((rows["file"][1:] != rows["file"][:-1]) | (begins[1:] != ends[:-1])) + 1
-        i = 0
-        while i < len(rows):
+        n_tokens = rows["tokens"] + last        # <|endoftext|> follows each row's tokens in a worker's file
+        ends = rows["at"] + 2 * n_tokens
+        apart = np.flatnonzero((rows["file"][1:] != rows["file"][:-1]) | (rows["at"][1:] != ends[:-1])) + 1
+        begin = 0
+        while begin < len(rows):
             if self.bin is None:
                 self.open()
-            split, j, before = self.splits[self.name], len(rows), n_tokens[i - 1] if i else 0
+            split, stop = self.splits[self.name], len(rows)
             if self.shard_tokens:
-                full = np.flatnonzero(last & (split["tokens"] + n_tokens - before >= self.shard_tokens))[:1]
-                j = int(full[0]) + 1 if len(full) else j
-            for a, b in pairwise([i, *apart[(i < apart) & (apart < j)].tolist(), j]):
-                self.copy(self.files[int(rows["file"][a])], int(begins[a]), int(ends[b - 1]))
-            split["documents"] += int(last[i:j].sum())
-            split["bytes"] += int(rows["bytes"][i:j].sum())
-            split["tokens"] += int(n_tokens[j - 1] - before)
+                size = split["tokens"] + np.cumsum(n_tokens[begin:])
+                full = np.flatnonzero(last[begin:] & (size >= self.shard_tokens))
+                stop = begin + full[0] + 1 if len(full) else stop
+            for a, b in pairwise([begin, *apart[(begin < apart) & (apart < stop)], stop]):      # on end in a file
+                self.copy(self.files[rows["file"][a]], rows["at"][a], ends[b - 1])
+            split["documents"] += int(last[begin:stop].sum())
+            split["bytes"] += int(rows["bytes"][begin:stop].sum())
+            split["tokens"] += int(n_tokens[begin:stop].sum())
             if self.shard_tokens and split["tokens"] >= self.shard_tokens:
                 self.close()
-            i = j
+            begin = stop
 
     def open(self):
         self.name = self.side + f"-{len(self.splits):05}" * (self.shard_tokens is not None)
@@ -1045,7 +1045,7 @@ def assemble(work, out, options, done, encoding):
     files = {int(path.name[len("tokens-"):]): open(path, "rb") for path in work.glob("tokens-*")}
 
     def ids_at(i):
-        file = files[int(rows["file"][i])]
+        file = files[rows["file"][i]]
         file.seek(rows["at"][i])
         return np.frombuffer(file.read(2 * rows["tokens"][i]), "<u2")
 
@@ -1118,18 +1118,20 @@ def blocks(rows, keep):
 
 def both_sides(rows, keep, val_fraction, ids_at, encoding):
     """(rows, keep, file 0). A corpus so small that all of it would fall on one side still gets both: of a few documents
-    the one of the lowest position is for validation; a lone one becomes two, the second, for validation, from the
-    beginning of a line on. The first one's last tokens are then in file 0."""
-    few, nothing = np.count_nonzero(rows["first"]) <= 1000, io.BytesIO()
-    document = np.cumsum(rows["first"] if few else 0) - 1               # of each row
-    kept = np.unique(document[keep]) if few else ()
-    at = rows["position"][rows["first"]][kept] if few else ()
+    that of the lowest position is for validation; a lone one becomes two, of which the second begins with a line. The
+    last tokens of the first are then in file 0."""
+    as_it_is = rows, keep, io.BytesIO()
+    if np.count_nonzero(rows["first"]) > 1000:
+        return as_it_is
+    document = np.cumsum(rows["first"]) - 1                             # of each row
+    kept = np.unique(document[keep])
+    at = rows["position"][rows["first"]][kept]
     if not 0 < len(kept) < 20 or set(at) & set(OWN.values()) or len(set(at < val_fraction)) == 2:
-        return rows, keep, nothing
+        return as_it_is
     rows = rows.copy()
     if len(kept) > 1:
         rows["position"] = np.where(document == kept[at.argmin()], OWN["val"], OWN["train"])
-        return rows, keep, nothing
+        return rows, keep, io.BytesIO()
     mine = np.flatnonzero(keep)
     ends = np.cumsum(rows["tokens"][mine])
     cut = int((1 - val_fraction) * ends[-1])
@@ -1142,10 +1144,10 @@ def both_sides(rows, keep, val_fraction, ids_at, encoding):
     size = len(encoding.decode_bytes(head.tolist()))
     rows = np.concatenate([rows[:i + 1], rows[i:]])
     rows["position"] = np.where(np.arange(len(rows)) <= i, OWN["train"], OWN["val"])
-    for key, value in dict(first=True, at=2 * len(head), tokens=-len(head), bytes=-size).items():
-        rows[key][i + 1] += value
     for key, value in dict(file=0, at=0, tokens=len(head), bytes=size).items():
         rows[key][i] = value
+    for key, value in dict(first=True, at=2 * len(head), tokens=-len(head), bytes=-size).items():
+        rows[key][i + 1] += value
     return rows, np.insert(keep, i, True), io.BytesIO(np.append(head, encoding.eot_token).astype("<u2"))
 
 

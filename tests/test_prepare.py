@@ -223,6 +223,21 @@ def test_standard_input_is_a_text_or_lines_of_json(data, expected, tmp_path):
     assert "".join(sorted(found[0]) + sorted(found[1])) == "".join(expected) or sorted(found[0] + found[1]) == expected
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_lines_are_whole_and_numbered_however_they_are_handed_out(workers, tmp_path, monkeypatch):
+    monkeypatch.setattr(p, "BATCH", 64)
+    texts = [sentences(i, i % 40) for i in range(1, 90)]        # longer and shorter than a batch
+    lines = [json.dumps({"text": text, "score": float("nan")}) for text in texts]
+    for name, compress in ("a.jsonl", bytes), ("a.jsonl.gz", gzip.compress):
+        (tmp_path / name).write_bytes(compress("\n".join(lines).encode()))
+        p.prepare([str(tmp_path / name)], str(tmp_path / "out"), "bytes", 0.3, keep_duplicates=True, workers=workers)
+        found = [documents_of(tmp_path / "out" / f"{side}.bin") for side in ("train", "val")]
+        assert sorted(found[0] + found[1]) == sorted(filter(None, texts))
+        (tmp_path / name).write_bytes(compress("\n".join([*lines[:70], "cut", *lines[70:]]).encode()))
+        with pytest.raises(DataError, match=f"{name}, line 71:"):
+            p.prepare([str(tmp_path / name)], str(tmp_path / "out"), "bytes", 0.3, workers=workers)
+
+
 def test_bad_lines_are_skipped_and_counted_when_asked(tmp_path, run, refused):
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "first \xff"}\n{"text": 3}\n[]\n{"text": "\\ud800"}\n'
                                        b'{"text": "last"}\n{"text": "cut')
