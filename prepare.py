@@ -314,6 +314,7 @@ def open_file(path, bar=None):
             except ImportError:
                 raise DataError(f"{path}: pip install backports.zstd to read it") from None
         opener, damaged = zstd.open, (*damaged, zstd.ZstdError)
+    # a buffer smaller than BATCH: larger reads go past it
     with io.BufferedReader(io.FileIO(path) if bar is None else Counted(path, bar), 2**18) as raw:
         try:
             yield opener(raw) if opener else raw
@@ -394,7 +395,8 @@ def whole_lines(f, path):
     while n := f.readinto(buffer):
         if end := buffer.rfind(b"\n", 0, n) + 1:
             yield None, at + end - begin, True, (path, line, begin)
-            begin, line = at + end, line + int(np.count_nonzero(np.frombuffer(buffer, np.uint8, end) == 10))
+            line += int(np.count_nonzero(np.frombuffer(buffer, np.uint8, end) == 10))   # 4 times as fast as count
+            begin = at + end
         at += n
     if at > begin:
         yield None, at - begin, True, (path, line, begin)
@@ -728,8 +730,8 @@ def text_of(data, where, options, component="", counts=None):
         if line and text.isspace():
             return None
         if line:
+            text = text.lstrip("\ufeff")
             try:
-                text = text.lstrip("\ufeff")
                 try:
                     item = orjson.loads(text)
                 except orjson.JSONDecodeError:
@@ -1136,8 +1138,8 @@ def both_sides(rows, keep, val_fraction, ids_at, encoding):
     at = rows["position"][rows["first"]][kept]
     if not 0 < len(kept) < 20 or set(at) & set(OWN.values()) or len(set(at < val_fraction)) == 2:
         return as_it_is
-    rows = rows.copy()
     if len(kept) > 1:
+        rows = rows.copy()
         rows["position"] = np.where(document == kept[at.argmin()], OWN["val"], OWN["train"])
         return rows, keep, io.BytesIO()
     mine = np.flatnonzero(keep)

@@ -5,7 +5,7 @@
 Without --text: the installed Python packages. Each row is a fresh process, in turns; what is printed are medians over
 the rounds, of times and of ratios within a round. tiktoken in as many processes at once, with nothing to read, pass
 on or write, is what the machine can give. Last, of our own rows, what share of cores x time is spent inside of
-tiktoken: where a machine's speed wavers, that share does not. nanoGPT's way: datasets.map with encode_ordinary in as
+tiktoken: where a machine's speed wavers, that share does little. nanoGPT's way: datasets.map with encode_ordinary in as
 many processes, then a memmap filled from 1024 shards (its loading of the text into Arrow is not counted; ours reads
 and parses the .jsonl).
 Needs pip install datasets; EVAL_DATA names a folder of the test sets.
