@@ -27,8 +27,8 @@ def test_kernels_in_the_interpreter():
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_kernels_compile_for(arch):
-    """Every kernel as it would be launched: no spilled register, shared memory that fits (tests/aot.py)."""
-    result = subprocess.run([sys.executable, TESTS / "aot.py", arch], text=True, capture_output=True)
+    """Every kernel as it would be launched: no spilled register, shared memory that fits (tests/tools/aot.py)."""
+    result = subprocess.run([sys.executable, TESTS / "tools/aot.py", arch], text=True, capture_output=True)
     print(result.stdout, result.stderr)
     assert result.returncode == 0
     for kernel in ("attention_fwd", "attention_bwd_dq", "attention_bwd_dkdv", "layer_norm_fwd", "layer_norm_bwd",

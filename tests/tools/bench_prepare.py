@@ -1,6 +1,6 @@
 """How fast prepare.py tokenizes, beside tiktoken alone and nanoGPT's way, on the same text and cores.
 
-    python tests/bench_prepare.py [--text FILE.jsonl] [--workers 2] [--rounds 3]
+    python tests/tools/bench_prepare.py [--text FILE.jsonl] [--workers 2] [--rounds 3]
 
 Without --text: the installed Python packages. Each row is a fresh process, in turns; what is printed are medians over
 the rounds, of times and of ratios within a round. tiktoken in as many processes at once, with nothing to read, pass
@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 import prepare as p                         # noqa: E402
 

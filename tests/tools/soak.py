@@ -1,7 +1,7 @@
 """A run killed (SIGKILL) again and again at random moments, beside the same run left alone.
 
-    python tests/soak.py --kills 50
-    python tests/soak.py --kills 20 --processes 2       each time one of them, drawn by lot; torchrun ends the other
+    python tests/tools/soak.py --kills 50
+    python tests/tools/soak.py --kills 20 --processes 2       each time one of them, drawn by lot; torchrun ends the other
 
 After every kill each checkpoint on disk must load; at the end weights, optimizer state and log must
 be those of the run left alone, bit for bit. A kill can fall into the start, a step, an evaluation
@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 import model as m                                   # noqa: E402
 import prepare                                      # noqa: E402

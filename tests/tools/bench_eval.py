@@ -1,6 +1,6 @@
 """eval.py beside lm-evaluation-harness 0.4.13: the same items, the same weights, the same machine, in turns.
 
-    python tests/bench_eval.py [--n_layer=12 --n_embd=768 --items=20]
+    python tests/tools/bench_eval.py [--n_layer=12 --n_embd=768 --items=20]
 
 needs ../shared/data beside the checkout or the test sets in data/raw/eval, GPT-2's vocabulary, and
 tests/requirements.txt. Weights are random: the time does not depend on them. Counted is the processor
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent.parent.parent)]
 import eval as e                                                                # noqa: E402
 import model as m                                                               # noqa: E402
 import test_harness as t                                                        # noqa: E402

@@ -1,7 +1,7 @@
 """The kernels beside PyTorch's and Liger's on one GPU, in one process; Markdown tables.
 
-    python tests/bench_kernels.py                   attention, layer_norm, linear_cross_entropy
-    python tests/bench_kernels.py --tiles 128       attention with heads of 128 and other tiles than model.py's
+    python tests/tools/bench_kernels.py                   attention, layer_norm, linear_cross_entropy
+    python tests/tools/bench_kernels.py --tiles 128       attention with heads of 128 and other tiles than model.py's
 
 Times are medians by CUDA events over tensors larger than the cache; bf16 throughout. TFLOP/s count
 the causal half of the two products, and a backward as 2.5 forwards (as FlashAttention does); GB/s
@@ -20,7 +20,7 @@ import triton
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from triton.testing import do_bench
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 import model as m                                   # noqa: E402
 
 DEVICE = "cuda"

@@ -2,7 +2,7 @@
 
     git clone https://github.com/karpathy/nanoGPT ../nanoGPT
     python prepare.py python --out data/python --tokenizer bytes
-    python tests/bench_train.py ../nanoGPT
+    python tests/tools/bench_train.py ../nanoGPT
 
 nanoGPT runs its own model, optimizer and step as its train.py does on this kind of device: fp32
 on a CPU, bf16 autocast on CUDA; both are compiled on CUDA, and on a CPU with --compile. It is
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from model import GPT, GPTConfig                                                    # noqa: E402
 from prepare import open_bin                                                        # noqa: E402
 from train import (Blocks, Config, Loader, apportion, faster_dtype, keep_memory, make_optimizer,   # noqa: E402

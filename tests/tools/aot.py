@@ -1,7 +1,7 @@
 """Every Triton kernel built for sm_80 and sm_90 with no GPU at hand, and what each build uses.
 
-    python tests/aot.py sm_90           the shapes that the tests build
-    python tests/aot.py sm_90 --all     every head size, with and without ALiBi, dropout and ragged T
+    python tests/tools/aot.py sm_90           the shapes that the tests build
+    python tests/tools/aot.py sm_90 --all     every head size, with and without ALiBi, dropout and ragged T
 
 The operators run as they would on the device, up to the launch: each kernel is compiled with the
 arguments, types and tile sizes it would get. Registers and stack (where spilled registers go) are
@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 import model as m                                   # noqa: E402
 
 BIN = Path(triton.__file__).parent / "backends/nvidia/bin"

@@ -1,11 +1,11 @@
 """What needs a GPU, in pieces of a few minutes each; every piece prints a table.
 
-    python tests/gpu.py correct                 the kernels against float64: tests/kernel_cases.py on this device
-    python tests/gpu.py kernels                 their speed beside PyTorch's and Liger's: tests/bench_kernels.py
-    python tests/gpu.py tiles D                 other tile sizes for attention with heads of D
-    python tests/gpu.py speed PATH_TO_NANOGPT   tests/bench_train.py on this device
-    python tests/gpu.py eval DIR                eval.py's four tasks for a 124M model; DIR holds the test sets
-    python tests/gpu.py 1.1B                    some steps of configs/1.1B.py at context 1024, one GPU
+    python tests/tools/gpu.py correct                 the kernels against float64: tests/kernel_cases.py on this device
+    python tests/tools/gpu.py kernels                 their speed beside PyTorch's and Liger's: tests/tools/bench_kernels.py
+    python tests/tools/gpu.py tiles D                 other tile sizes for attention with heads of D
+    python tests/tools/gpu.py speed PATH_TO_NANOGPT   tests/tools/bench_train.py on this device
+    python tests/tools/gpu.py eval DIR                eval.py's four tasks for a 124M model; DIR holds the test sets
+    python tests/tools/gpu.py 1.1B                    some steps of configs/1.1B.py at context 1024, one GPU
 """
 import subprocess
 import sys
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 from model import GPT, GPTConfig                    # noqa: E402
 from train import SHAPE, configure, make_optimizer, matmul_flops, memory_by_part, train_step      # noqa: E402
