@@ -708,6 +708,7 @@ SIMILAR = 0.8       # Jaccard similarity of 5-grams from which a document repeat
 TRAIN, VAL, LEFT_OUT = 0, 1, -1
 
 
+@functools.lru_cache(2**14)
 def keys_of(part):
     """The keys of a part's rows: (rows,) of KEY, mapped."""
     return np.load(part, mmap_mode="r")
@@ -919,7 +920,7 @@ def prepare(sources, out, tokenizer="gpt2", val_fraction=0.05, *, field="text", 
         except BaseException:
             for path in out.glob("*.bin.tmp"):
                 path.unlink()
-            if not any(work.glob("*.npy")):         # nothing to go on from
+            if not any(keys_of(part)["tokens"].any() for part in work.glob("*.npy")):       # nothing to go on from
                 shutil.rmtree(work.parent)
             raise
         counts = [Counter(dict(zip(COUNTS, total.tolist()))) for total in totals]
