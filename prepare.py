@@ -108,18 +108,18 @@ def count_words(tokens, tokenizer):
 # Sources: what the command line names becomes a list of files, and these a stream of records
 
 
-# kind: "line"s of JSON, parquet "row"s, or "text". cut, of a corpus with its own split, makes pairs (document,
-# position) of the text.
+# kind: "line" (of JSON), "row" (of parquet) or "text". cut, where a corpus has its own split: a function from
+# the text to pairs (document, position).
 File = namedtuple("File", "fs path kind cut", defaults=[None])
-# source: its number on the command line. at: number of the line or row; for a text the byte where it begins. data: the
-# line, row or document, or a piece of a long document; first: whether a document begins here. position: see there.
+# source: its number on the command line. at: number of the line or row, or the byte where a text begins.
+# data: the line, row or document, or a piece of a long document. first: whether a document begins here.
 Record = namedtuple("Record", "source path kind at data first position", defaults=[True, None])
 OWN_TRAIN, OWN_VAL = 2.0, -1.0      # positions of documents whose corpus has its own split
 
 
 def position(data):
-    """A number in [0, 1) that depends on the document alone. Below val_fraction it is for validation, so the same
-    document falls on the same side whatever else is in the corpus."""
+    """A number in [0, 1) that depends on the document alone: below val_fraction it is for validation. So the
+    same document falls on the same side whatever else is in the corpus."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big") / 2**64
 
 
@@ -138,7 +138,7 @@ def articles(position, text):
 STDLIB = sysconfig.get_paths()["stdlib"]
 GITHUB = "https://raw.githubusercontent.com"
 WIKITEXT = f"{GITHUB}/pytorch/examples/main/word_language_model/data/wikitext-2"        # Merity et al. 2016
-CORPORA = {     # name: a pattern; or [(address, git's hash of the file, cut)], downloaded once into data/raw/NAME
+CORPORA = {     # name: a pattern; or [(address, git's hash, cut)] of files to download to data/raw/NAME
     "python": f"{STDLIB}/**/*.py",
     "shakespeare": [(f"{GITHUB}/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
                      "7dcb3a2d4cc3b48b6283dd46870bfeb78f88aac9", nine_tenths)],
@@ -151,11 +151,11 @@ CORPORA = {     # name: a pattern; or [(address, git's hash of the file, cut)], 
     "pg19": "hf://datasets/emozilla/pg19/data/train-*.parquet",
     "pile": "hf://datasets/monology/pile-uncopyrighted/train/*.jsonl.zst",
 }
-NOT_PYTHON = {"test", "tests", "idle_test", "__pycache__", "site-packages", "dist-packages"}    # folders of STDLIB
+NOT_PYTHON = {"test", "tests", "idle_test", "__pycache__", "site-packages", "dist-packages"}
 KINDS = {".jsonl": "line", ".ndjson": "line", ".json": "line", ".parquet": "row"}
 TEXT_ENDINGS = (        # what else a folder is searched for
-    ".txt .text .md .markdown .rst .tex .org .html .htm .xml .py .pyi .c .h .cc .cpp .hpp .cu .java .js .jsx .ts "
-    ".tsx .go .rs .rb .php .pl .sh .sql .r .jl .lua .scala .kt .swift .cs .hs .ml .el .lisp .clj .css").split()
+    ".txt .text .md .markdown .rst .tex .org .html .htm .xml .css .py .pyi .c .h .cc .cpp .hpp .cu .java .js "
+    ".jsx .ts .tsx .go .rs .rb .php .pl .sh .sql .r .jl .lua .scala .kt .swift .cs .hs .ml .el .lisp").split()
 
 
 @contextmanager
@@ -166,19 +166,21 @@ def one_line_errors(name):
     except DataError:
         raise
     except Exception as e:      # each compression and each network library has errors of its own
-        reason = f"pip install {e.name}" if getattr(e, "name", None) else (str(e).splitlines() or [repr(e)])[0]
+        missing = isinstance(e, ImportError) and e.name
+        reason = f"pip install {missing} to read it" if missing else str(e).partition("\n")[0] or repr(e)
         raise DataError(f"{name}: {reason}") from None
 
 
 @contextmanager
 def open_file(fs, path):
-    """with open_file(fs, path) as (f, raw): f reads the decompressed bytes, raw.tell() is the place in the file."""
+    """with open_file(fs, path) as (f, raw): f reads the decompressed bytes, raw those of the file itself."""
     compression = fsspec.utils.infer_compression(path.lower())
     if path.lower().endswith(".zst") and compression is None:
         raise DataError(f"{path}: pip install backports.zstd to read it")
     if compression == "zip":
         raise DataError(f"{path}: unpack it and pass its folder")
-    options = {"options": {100: 31}} if compression == "zstd" else {}       # ZSTD_d_windowLogMax, for --long=31
+    # 100 is ZSTD_d_windowLogMax: files written with --long=31 too
+    options = {"options": {100: 31}} if compression == "zstd" else {}
     decompress = fsspec.compression.compr[compression]
     with one_line_errors(path), fs.open(path, "rb") as raw, decompress(raw, mode="rb", **options) as f:
         yield f, raw
@@ -238,13 +240,13 @@ def has_json_lines(fs, path):
 
 def corpus_files(name):
     """The Files of a corpus of --list, or of data/raw/NAME where a person put them there."""
-    place = CORPORA[name]
+    place, folder = CORPORA[name], DOWNLOADS / name
     if isinstance(place, list):
-        paths = [download(DOWNLOADS / name / os.path.basename(address), address, blob) for address, blob, _ in place]
+        paths = [download(folder / os.path.basename(address), address, blob) for address, blob, _ in place]
         return [File(LocalFileSystem(), str(path), "text", cut) for path, (*_, cut) in zip(paths, place)]
-    files = find_files(str(DOWNLOADS / name) if (DOWNLOADS / name).is_dir() else place)
+    files = find_files(str(folder) if folder.is_dir() else place)
     if name == "python":
-        files = [file for file in files if not NOT_PYTHON & set(os.path.relpath(file.path, STDLIB).split("/"))]
+        return [file for file in files if not NOT_PYTHON & set(Path(file.path).relative_to(STDLIB).parts)]
     return files
 
 
@@ -262,9 +264,10 @@ def download(path, address, digest):
             data = response.read()
         data = zipfile.ZipFile(io.BytesIO(data)).read(member) if member else data
     except (OSError, zipfile.BadZipFile, KeyError) as e:        # urllib's errors are OSErrors
-        raise DataError(f"cannot download {address} ({e}); without a network, put that file at {path}") from None
-    if digest not in (hashlib.sha256(data).hexdigest(), hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()):
-        raise DataError(f"{address}: not the file with hash {digest}; if you trust it, put it at {path} yourself")
+        raise DataError(f"cannot download {address} ({e}); without a network, put it at {path}") from None
+    blob = b"blob %d\0" % len(data) + data
+    if digest not in (hashlib.sha256(data).hexdigest(), hashlib.sha1(blob).hexdigest()):
+        raise DataError(f"{address} has changed, its hash is not {digest}; if you trust it, put it at {path}")
     write_whole(path, data)
     return path
 
@@ -322,10 +325,10 @@ SAFE_CUT = re.compile(rb"(?s:.*)[0-9A-Za-z](?=[ \n])")
 
 
 def pieces(f, separator=b""):
-    """A text as its documents, or some PIECE bytes at a time of a long one: (byte where it begins, bytes, whether a
-    document begins there, the document's position if it began earlier).
+    """The documents of a text, long ones in pieces of some PIECE bytes: a Record's last fields.
 
-    A piece ends where a token ends (SAFE_CUT), or where there is no such place, between characters.
+    A piece ends where a token ends (SAFE_CUT), or if there is no such place, between two characters. A later
+    piece has the position of the first.
     """
     at, held, first, place = 0, b"", True, None
     while block := f.read(PIECE):
@@ -348,8 +351,7 @@ def pieces(f, separator=b""):
 
 
 def text_of(record, field="text", bad=None):
-    """The text of a record, "" for an empty line. bad: a Counter of what is left out; without it, such a record raises
-    DataError."""
+    """The text of a record, "" for an empty line. Where there is none: DataError, or a count in bad."""
     text = record.data
     try:
         text = text.decode() if isinstance(text, bytes) else text
@@ -364,7 +366,8 @@ def text_of(record, field="text", bad=None):
     except (KeyError, TypeError, AttributeError) as e:
         fault, error = f'no text in "{field}"', e
     if bad is None:
-        raise DataError(f"{record.path}, {record.kind} {record.at}: {fault} ({error}); --skip_bad leaves it out")
+        place = f"{record.path}, {record.kind} {record.at}"
+        raise DataError(f"{place}: {fault} ({error}); --skip_bad leaves it out") from None
     bad[fault] += 1
     return ""
 
@@ -380,7 +383,7 @@ def texts(source, field="text"):
 # ---------------------------------------------------------------------------------------------
 # Test sets: what eval.py scores, and what a training corpus should not hold
 
-TEST_SETS = {       # name: its files in a folder of test sets, each with address (# a member of the zip) and sha256
+TEST_SETS = {       # name: {its files in a folder of test sets: (address, # a member of the zip, sha256)}
     "lambada": {"lambada/lambada_test.jsonl": (     # Paperno et al. 2016, in OpenAI's variant
         "https://openaipublic.blob.core.windows.net/gpt-2/data/lambada_test.jsonl",
         "4aa8d02cd17c719165fc8a7887fddd641f43fcafa4b1c806ca8abc31fabdb226")},
@@ -404,8 +407,8 @@ ITEM_FIELDS = {
 
 
 def test_files(name, folder=None):
-    """Paths of a test set's files: those in folder as they are, or without a folder those under data/raw/eval,
-    downloaded and checked if they are not there yet. Raises DataError."""
+    """Paths of a test set's files: in folder, or without one under data/raw/eval, where they are downloaded.
+    Raises DataError."""
     paths = []
     for file, (address, sha256) in TEST_SETS[name].items():
         if folder and not (Path(folder) / file).is_file():
@@ -435,7 +438,7 @@ def test_items(name, folder=None):
         except (ValueError, KeyError, TypeError):
             valid = False
         if not valid:
-            raise DataError(f"{path}, item {number + 1}: expected an object with {', '.join(ITEM_FIELDS[name])}")
+            raise DataError(f"{path}, item {number + 1}: expected {', '.join(ITEM_FIELDS[name])} in it")
         yield item
 
 
@@ -449,8 +452,8 @@ def detokenise(page):
     for left, right in ("()", "[]", "{}", '""', "''"):
         page = re.sub(rf"{re.escape(left)}\s*([^{re.escape(right)}]*?)\s*{re.escape(right)}",
                       lambda inside: left + inside[1] + right, page)
-    for old, new in (("= = = =", "===="), ("= = =", "==="), ("= =", "=="), (" \u00b0 ", "\u00b0"), (" \n", "\n"),
-                     ("\n ", "\n"), (" N ", " 1 "), (" 's", "'s")):
+    for old, new in (("= = = =", "===="), ("= = =", "==="), ("= =", "=="), (" \u00b0 ", "\u00b0"),
+                     (" \n", "\n"), ("\n ", "\n"), (" N ", " 1 "), (" 's", "'s")):
         page = page.replace(old, new)
     return page
 
@@ -473,7 +476,7 @@ def item_texts(name, item):
 # for: it would be found by accident.
 
 MIN_WORDS, MAX_WORDS = 8, 13
-# Scripts without spaces between words, where a character counts as a word: Thai, Lao, Khmer, Japanese, Chinese
+# Thai, Lao, Khmer, Japanese, Chinese: without spaces between words, so a character counts as a word
 NO_SPACES = ("\u0e00-\u0eff\u1780-\u17ff\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
              "\U00020000-\U0003ffff")
 SPACELESS, WORD = re.compile(f"([{NO_SPACES}])"), re.compile(rf"[{NO_SPACES}]|[^\s{NO_SPACES}]+")
@@ -540,8 +543,8 @@ class Grams:
 
 @functools.lru_cache(1)         # workers are forked with it
 def test_grams(names, folder=None):
-    """The Grams of test sets, or of files whose documents are the items. names: a tuple. An item is (name, number
-    from 0). Raises DataError."""
+    """The Grams of test sets, or of files whose documents are the items. names: a tuple. An item is the pair
+    (name, its number from 0). Raises DataError."""
     def numbered():
         for name in names:
             items = (item_texts(name, item) for item in test_items(name, folder)) if name in TEST_SETS \
@@ -552,8 +555,8 @@ def test_grams(names, folder=None):
 
 
 def cut_items(text, grams):
-    """The passages of a text without what it shares with test items and 200 characters on both sides of it. As for
-    GPT-3's corpus, what is left in pieces of under 200 characters goes too, and all of it if it falls into over 10."""
+    """The passages of a text that are left without what it shares with test items and 200 characters on both
+    sides. As for GPT-3's corpus, passages of under 200 characters go too, and all if there are over 10."""
     found = grams.find(text)
     if not found:
         return [text]
@@ -670,7 +673,7 @@ def in_order(function, tasks, workers):
             while pending:
                 yield pending.popleft().result()
         except BrokenProcessPool:
-            raise DataError("a worker was killed, perhaps out of memory; try again with fewer --workers") from None
+            raise DataError("a worker was killed, perhaps out of memory; try fewer --workers") from None
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -726,7 +729,8 @@ def tokens_of(part):
 
 def column(parts, name, band=None):
     """One field of the keys of all rows: (n,)."""
-    return np.concatenate([keys_of(part)[name] if band is None else keys_of(part)[name][:, band] for part in parts])
+    values = [keys_of(part)[name] for part in parts]
+    return np.concatenate(values if band is None else [value[:, band] for value in values])
 
 
 @functools.lru_cache(2**10)
@@ -738,11 +742,11 @@ def row_shingles(part, row, tokenizer):
     return np.unique(shingles(compared(text)))
 
 
-def are_similar(pairs, tokenizer):
-    """Whether each pair ((part, row), (part, row)) has a Jaccard similarity of SIMILAR or more."""
+def are_similar(parts, places, tokenizer):
+    """Whether pairs of rows have a Jaccard similarity of SIMILAR or more. places: (pairs, 2, 2)."""
     answers = []
-    for one, other in pairs:
-        a, b = row_shingles(*one, tokenizer), row_shingles(*other, tokenizer)
+    for pair in places.tolist():
+        a, b = (row_shingles(parts[part], row, tokenizer) for part, row in pair)
         both = len(np.intersect1d(a, b, assume_unique=True))
         answers.append(both >= SIMILAR * (len(a) + len(b) - both))
     return answers
@@ -751,8 +755,8 @@ def are_similar(pairs, tokenizer):
 def find_duplicates(parts, tokenizer, workers):
     """Numbers of the rows that repeat an earlier one that stays, exactly or nearly.
 
-    Rows of corpora with their own split come first and stay, whatever they repeat. A row is compared, by all its
-    5-grams, with the first row of each of its bands, so time is linear and no row goes by accident.
+    Rows of corpora with their own split come first and stay, whatever they repeat. A row is compared, by all
+    its 5-grams, with the first row of each of its bands: time is linear, and no row goes by accident.
     """
     positions = column(parts, "position")
     own = (positions < 0) | (positions >= 1)
@@ -763,21 +767,23 @@ def find_duplicates(parts, tokenizer, workers):
     gone = set(order[~stays].tolist())
     order = order[stays & (column(parts, "tokens")[order] > 0)]
 
-    pairs = []                                      # places in order: a row, the first that shares a band with it
+    pairs = []                  # in places of `order`: a row, and the first that shares a band with it
     for band in range(BANDS):
-        _, first, inverse = np.unique(column(parts, "bands", band)[order], return_index=True, return_inverse=True)
+        values = column(parts, "bands", band)[order]
+        _, first, inverse = np.unique(values, return_index=True, return_inverse=True)
         places = np.flatnonzero((first[inverse] != np.arange(len(order))) & ~own[order])
         pairs.append(np.stack([places, first[inverse[places]]], axis=1))
     pairs = order[np.unique(np.concatenate(pairs), axis=0)]
 
     begins = np.cumsum([0, *(len(keys_of(part)) for part in parts)])
-    in_parts = np.searchsorted(begins, pairs, side="right") - 1
-    located = [[(parts[part], row - begins[part]) for part, row in zip(*pair)] for pair in zip(in_parts, pairs)]
-    tasks = [(located[at:at + 500], tokenizer) for at in range(0, len(located), 500)]
+    in_part = np.searchsorted(begins, pairs, side="right") - 1
+    places = np.stack([in_part, pairs - begins[in_part]], axis=2)       # (pairs, 2, 2): part, row in it
+    tasks = [(parts, places[at:at + 500], tokenizer) for at in range(0, len(places), 500)]
     answers = in_order(are_similar, tasks, min(workers, len(tasks) or 1))
-    answers = sum(tqdm(answers, desc="comparing", total=len(tasks), delay=3, leave=False), [])
-    for (row, leader), similar in zip(pairs.tolist(), answers):         # by row
-        if similar and leader not in gone:
+    answers = tqdm(answers, desc="comparing", total=len(tasks), delay=3, leave=False)
+    similar = np.concatenate([np.zeros(0, bool), *answers])
+    for row, leader in pairs[similar].tolist():         # in order, so what became of its leader is known
+        if leader not in gone:
             gone.add(row)
     return sorted(gone)
 
@@ -820,16 +826,17 @@ def write_bins(out, parts, sides, n_sources, eot):
                 mask[begins[mine]] = numbers != np.append(last.get(side, numbers[0]), numbers[:-1])
                 last[side] = numbers[-1]
                 tokens[mask].tofile(file)
-            stays, gone = side_of != LEFT_OUT, (side_of == LEFT_OUT) & (keys["tokens"] > 0)
-            np.add.at(totals, keys["source"], np.stack([keys["first"] & stays, keys["bytes"] * stays,
-                                                        keys["tokens"] * stays, keys["first"] & gone], axis=1))
+            stays, first = side_of != LEFT_OUT, keys["first"]
+            repeats = ~stays & (keys["tokens"] > 0)
+            counts = [first & stays, keys["bytes"] * stays, keys["tokens"] * stays, first & repeats]
+            np.add.at(totals, keys["source"], np.stack(counts, axis=1))
         for side, file in (TRAIN, train), (VAL, val):
             np.full(int(side in last), eot, "<u2").tofile(file)
     return totals
 
 
 def halve(out, val_fraction, encoding):
-    """Cut the lone document of OUT/train.bin.tmp in two, at a line end if there is one, for OUT/val.bin.tmp."""
+    """Move the end of the one document in OUT/train.bin.tmp to OUT/val.bin.tmp, from a line end if there is one."""
     tokens = np.memmap(out / "train.bin.tmp", "<u2", mode="r")
     target = int((1 - val_fraction) * (len(tokens) - 1))
     near = max(0, target - 2**22)
@@ -861,14 +868,14 @@ def count_bin(path, encoding):
 
 @contextmanager
 def lock(path):
-    """Hold the lock file `path` while the block runs; a kill releases it. Raises DataError where another process has
-    it. (A POSIX lock: it works on network file systems, and forked workers do not inherit it.)"""
+    """Hold the lock file `path` while the block runs; a kill releases it. Raises DataError where another
+    process holds it. A POSIX lock works on network file systems, and forked workers do not inherit it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as f:
         try:
             fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            held = os.path.samestat(os.fstat(f.fileno()), os.stat(path))        # its holder may have just removed it
+            held = os.path.samestat(os.fstat(f.fileno()), os.stat(path))    # unless just removed
         except OSError:
             held = False
         if not held:
@@ -898,12 +905,15 @@ def prepare(sources, out, tokenizer="gpt2", val_fraction=0.05, *, field="text", 
     infos = [file.fs.info(file.path) for _, file in files]
     grams = test_grams(options["decontaminate"], eval_data) if decontaminate else None
     # everything that shapes the parts: this program, the options, the input, the test items
-    shape = [VERSION, PIECE, GROUP, unicodedata.unidata_version, options, [(k, file[1:3]) for k, file in files],
-             infos, sorted(grams.grams) if grams else None]
-    work = out / "prepare.work" / hashlib.sha256(repr(shape).encode()).hexdigest()[:16]
+    shape = [VERSION, PIECE, GROUP, unicodedata.unidata_version, options | dict(skip_bad=None),
+             [(k, file.path, file.kind) for k, file in files], infos, sorted(grams.grams) if grams else None]
+    strict = out / "prepare.work" / hashlib.sha256(repr(shape).encode()).hexdigest()[:16]
+    work = strict.with_suffix(".skip_bad") if skip_bad else strict
     size = sum(info.get("size") or 0 for info in infos)
 
     with lock(out / "prepare.lock"), tqdm(total=size, unit="B", unit_scale=True, desc=str(out)) as bar:
+        if skip_bad and strict.exists():        # no part there has text to skip
+            os.replace(strict, work)
         for stale in set(work.parent.glob("*")) - {work}:
             shutil.rmtree(stale)
         work.mkdir(parents=True, exist_ok=True)
@@ -920,8 +930,8 @@ def prepare(sources, out, tokenizer="gpt2", val_fraction=0.05, *, field="text", 
         except BaseException:
             for path in out.glob("*.bin.tmp"):
                 path.unlink()
-            if not any(keys_of(part)["tokens"].any() for part in work.glob("*.npy")):       # nothing to go on from
-                shutil.rmtree(work.parent)
+            if not any(keys_of(part)["tokens"].any() for part in work.glob("*.npy")):
+                shutil.rmtree(work.parent)          # nothing to go on from
             raise
         counts = [Counter(dict(zip(COUNTS, total.tolist()))) for total in totals]
         for part in parts:
@@ -930,7 +940,8 @@ def prepare(sources, out, tokenizer="gpt2", val_fraction=0.05, *, field="text", 
         meta = dict(tokenizer=tokenizer, vocab_size=encoding.n_vocab, splits=splits,
                     sources=[dict(source=name, **count, passed_over=dict(passed))
                              for name, count, passed in zip(sources, counts, passed_over)],
-                    options=options | dict(val_fraction=val_fraction), items_too_short=grams.too_short if grams else 0)
+                    options=options | dict(val_fraction=val_fraction),
+                    items_too_short=grams.too_short if grams else 0)
         for side in splits:
             os.replace(out / f"{side}.bin.tmp", out / f"{side}.bin")
         write_whole(out / "meta.json", json.dumps(meta, indent=2))
@@ -950,30 +961,30 @@ def bins_of(folder, side):
 
 
 def read_meta(folder):
-    """The meta.json of a folder. Without one its bins are taken for nanoGPT's, of GPT-2 tokens, and this is said."""
+    """The meta.json of a folder. Without one its bins count as GPT-2 tokens, as nanoGPT's are."""
     path = Path(folder) / "meta.json"
     try:
         meta = json.loads(path.read_text())
     except FileNotFoundError:
         if path.with_suffix(".pkl").exists():
-            raise DataError(f"{path.with_suffix('.pkl')}: bins of nanoGPT's characters, which no tokenizer here reads; "
-                            "prepare the text with --tokenizer bytes") from None
+            raise DataError(f"{path.with_suffix('.pkl')}: nanoGPT's tokens of characters, which nothing here "
+                            "reads; prepare the text with --tokenizer bytes") from None
         print(f"{folder}: no meta.json there, so its bins are read as GPT-2 tokens")
         return dict(tokenizer="gpt2", vocab_size=50257, splits={})
     except ValueError:
         meta = None
     expected = dict(tokenizer=str, vocab_size=int, splits=dict)
-    if not isinstance(meta, dict) or not all(isinstance(meta.get(key), kind) for key, kind in expected.items()):
-        raise DataError(f"{path}: expected {', '.join(expected)}, as prepare.py writes them; make the bins again")
-    return meta
+    if isinstance(meta, dict) and all(isinstance(meta.get(key), kind) for key, kind in expected.items()):
+        return meta
+    raise DataError(f"{path}: expected {', '.join(expected)} as prepare.py writes them; make the bins again")
 
 
 def open_bin(path, vocab_size=None, meta=None):
     """(tokens, meta) of a bin: tokens a read-only memory map (n,) of uint16; meta the meta.json beside it.
 
-    Checks the size, and a sample of the tokens against vocab_size (default: meta's); --verify checks every byte.
-    meta["splits"][path.stem]["sha256"] identifies the bin: meta.json's, else one of size and sample. Raises
-    DataError.
+    Checks the size, and a sample of the tokens against vocab_size (default: meta's); --verify checks every
+    byte. meta["splits"][path.stem]["sha256"] identifies the bin: the one of meta.json, or else one of size
+    and sample. Raises DataError.
     """
     path = Path(path)
     if not path.is_file():
@@ -1015,7 +1026,7 @@ def open_data(data, side, vocab_size=None):
     (first, meta), *others = metas.items()
     for folder, other in others:
         if other["tokenizer"] != meta["tokenizer"]:
-            raise DataError(f"{folder}: {other['tokenizer']} tokens, but {first} holds {meta['tokenizer']} tokens")
+            raise DataError(f"{folder} holds {other['tokenizer']} tokens, {first} {meta['tokenizer']} tokens")
     fingerprint = hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
     return sources, dict(tokenizer=meta["tokenizer"], vocab_size=meta["vocab_size"], fingerprint=fingerprint)
 
@@ -1029,7 +1040,7 @@ def verify(folder):
         open_bin(path, meta=meta)
         counts = count_bin(path, get_tokenizer(meta["tokenizer"]))
         if recorded.get(path.stem, counts) != counts:
-            raise DataError(f"{path}: holds {counts}, but meta.json says {recorded[path.stem]}; make it again")
+            raise DataError(f"{path}: {counts}, but in meta.json {recorded[path.stem]}; make it again")
         print(f"{path}: {counts['tokens']:,} tokens, {'as' if path.stem in recorded else 'not'} in meta.json")
 
 
@@ -1057,7 +1068,8 @@ class Parser(argparse.ArgumentParser):
 def print_report(meta, out):
     print(f"{'':6}{'documents':>12}{'bytes':>16}{'tokens':>16}{'bytes/token':>13}")
     for name, n in meta["splits"].items():
-        print(f"{name:6}{n['documents']:12,}{n['bytes']:16,}{n['tokens']:16,}{n['bytes'] / n['tokens']:13.2f}")
+        ratio = n["bytes"] / n["tokens"]
+        print(f"{name:6}{n['documents']:12,}{n['bytes']:16,}{n['tokens']:16,}{ratio:13.2f}")
     for source in meta["sources"][:20]:         # the others are in meta.json
         counts = {name: n for name, n in source.items() if name not in ("source", "passed_over") and n}
         counts |= {f"{name} files passed over": n for name, n in source["passed_over"].items()}
@@ -1075,15 +1087,15 @@ def main(argv):
     add("--list", action="store_true", help="print the corpora that have a name")
     add("--verify", metavar="DIR", help="check every byte of the bins there")
     add("--tokenizer", default="gpt2", help="gpt2 (default) or bytes")
-    add("--val_fraction", type=float, default=0.05, help="share of the documents for validation (default 0.05)")
+    add("--val_fraction", type=float, default=0.05, help="share of documents for validation (default 0.05)")
     add("--field", default="text", help="of JSON lines or parquet rows (default text)")
     add("--separator", default="", metavar="S", help="what stands between the documents of a text file")
     add("--keep_duplicates", action="store_true", help="leave repeated documents in")
     add("--decontaminate", metavar="LIST", default="",
         help=f"cut what is also in {','.join(TEST_SETS)} or any file; names with commas between")
     add("--eval_data", metavar="DIR", help="folder of the test sets; default: downloaded once")
-    add("--skip_bad", action="store_true", help="leave out and count what is not UTF-8, not JSON or has no text")
-    add("--workers", type=int, default=os.cpu_count(), metavar="N", help="processes (default: one for each core)")
+    add("--skip_bad", action="store_true", help="leave out and count what is not UTF-8, JSON or text")
+    add("--workers", type=int, default=os.cpu_count(), metavar="N", help="processes (default: one a core)")
     args = vars(parser.parse_args(argv))
     folder = args.pop("verify")
     if args.pop("list"):
