@@ -3,7 +3,7 @@
     layer_norm               normalise each row of the residual stream
     attention                causal softmax(q k^T) v, with ALiBi and dropout
     linear_cross_entropy     the tied head and the loss in one
-    GPTConfig, GPT           the model: forward, loss, generation
+    GPTConfig, GPT           the model: forward, loss, generation; GPT.from_pretrained
     save, load               checkpoints: a .pt of ours, or a Hugging Face model
     export                   a model and its tokenizer as a Hugging Face folder:
                              python model.py out/1.1B.pt --export hf/1.1B
@@ -828,11 +828,6 @@ class GPT(nn.Module):
         with torch.no_grad():
             self.wte.weight[config.vocab_size:] = 0     # padding: never read, its gradient stays 0
 
-    @classmethod
-    def from_pretrained(cls, name):
-        """A GPT-2 or MPT from Hugging Face: a hub name ("gpt2-xl") or a folder. Raises ModelError."""
-        return from_hugging_face(name)
-
     def num_params(self):
         return sum(p.numel() for p in self.parameters())
 
@@ -852,8 +847,8 @@ class GPT(nn.Module):
         x = self.wte(idx)
         if self.wpe is not None:
             if T > self.config.block_size:
-                raise ModelError(f"{T} tokens of context, but this model's learned positions end "
-                                 f"at block_size={self.config.block_size}")
+                raise ModelError(f"{T} tokens of context, but learned positions end at "
+                                 f"block_size={self.config.block_size}")
             x = x + self.wpe.weight[past:T]
         x, branch = F.dropout(x, self.config.dropout, self.training), None
         for i, block in enumerate(self.h):
@@ -877,8 +872,8 @@ class GPT(nn.Module):
         """Change the context length in place. Learned positions can only become fewer."""
         if self.wpe is not None:
             if block_size > self.config.block_size:
-                raise ModelError(f"block_size={block_size}: this model's learned positions end at "
-                                 f"{self.config.block_size}")
+                raise ModelError(f"block_size={block_size}: learned positions end at "
+                                 f"block_size={self.config.block_size}")
             kept = self.wpe.weight[:block_size].detach().clone()
             self.wpe = nn.Embedding.from_pretrained(kept, freeze=False)
         self.config.block_size = block_size
@@ -972,7 +967,7 @@ def load(source, device="cpu"):
     config, meta = checkpoint["config"], checkpoint["meta"]
     if wrong := config.keys() ^ {f.name for f in fields(GPTConfig)}:
         raise ModelError(f"{source}: its config and GPTConfig differ in {', '.join(sorted(wrong))}")
-    if meta.get("tokenizer") not in ("gpt2", "bytes"):
+    if meta.get("tokenizer") not in TOKENIZERS:
         raise ModelError(f"{source}: tokenizer={meta.get('tokenizer')} in its meta, expected gpt2 or bytes; "
                          "torch.load it, correct that, and torch.save it")
     return build(GPTConfig(**config), checkpoint["model"], source).to(device).eval(), meta
@@ -1004,16 +999,14 @@ def build(config, weights, source):
 # ---------------------------------------------------------------------------------------------
 # Hugging Face, in and out, by transformers
 
-# what config.json must say: transformers ignores some of these settings, others hardly change the logits
-HF_FIXED = {
-    "gpt2": dict(activation_function="gelu_new", layer_norm_epsilon=1e-5, scale_attn_weights=True,
-                 scale_attn_by_inverse_layer_idx=False),
-    "mpt": dict(layer_norm_epsilon=1e-5, expansion_ratio=4, no_bias=True, logit_scale=None, alibi=True,
-                alibi_bias_max=8, clip_qkv=None, softmax_scale=None, qk_ln=False)}
-PROBE = "It's 12,345 o'Clock;\r\n\n naïve  cafe\u0301 🙂 "       # most tokenizers differ on this text
-PROBE_TOKENS = {"gpt2": [1026, 338, 1105, 11, 27712, 267, 6, 44758, 26, 201, 628, 41492, 220, 26725, 136, 223,
-                         32485, 220],
-                "bytes": list(PROBE.encode())}
+# what config.json must say where transformers ignores it, or where the logits may hardly show it
+HF_FIXED = {"gpt2": dict(activation_function="gelu_new", layer_norm_epsilon=1e-5),
+            "mpt": dict(layer_norm_epsilon=1e-5, expansion_ratio=4, no_bias=True, logit_scale=None,
+                        alibi=True, alibi_bias_max=8, clip_qkv=None, qk_ln=False)}
+PROBE = "It's 12,345 O'Clock\r\n\n naïve  cafe\u0301 🙂 "        # a text that other tokenizers cut differently
+TOKENIZERS = {"gpt2": (50257, [1026, 338, 1105, 11, 27712, 440, 6, 44758, 201, 628, 41492, 220, 26725, 136,
+                               223, 32485, 220]),
+              "bytes": (257, list(PROBE.encode()))}
 
 
 @contextmanager
@@ -1024,7 +1017,7 @@ def hugging_face(source):
         transformers.logging.set_verbosity_error()
         yield transformers
     except Exception as e:
-        advice = "" if os.path.isdir(source) else "; give a .pt, a folder or, with a network, a name on the hub"
+        advice = "" if os.path.isdir(source) else "; give a .pt, a folder or, with a network, a hub name"
         advice = "; pip install transformers" if isinstance(e, ImportError) else advice
         raise ModelError(f"{source}: {' '.join(str(e).split())[:300]}{advice}")
 
@@ -1036,13 +1029,14 @@ def hf_layout(config, name, p):
 
 
 def from_hugging_face(source):
-    """GPT.from_pretrained. Refuses a model that computes other logits than ours does with its weights."""
+    """The GPT-2 or MPT of a hub name ("gpt2-xl", "distilgpt2") or a folder. Raises ModelError, also for a
+    model that computes other logits than a GPT with its weights does."""
     with hugging_face(source) as transformers:
         theirs = transformers.AutoConfig.from_pretrained(source)
-    kind, settings = theirs.model_type, theirs.to_dict()
-    settings |= settings.get("attn_config", {})
+    kind = theirs.model_type
     if kind not in HF_FIXED:
         raise ModelError(f"{source}: model_type={kind}, expected gpt2 or mpt")
+    settings = theirs.to_dict() | theirs.to_dict().get("attn_config", {})
     for key, value in HF_FIXED[kind].items():
         if settings[key] != value:
             raise ModelError(f"{source}: {key}={settings[key]} in config.json, this model has {value}")
@@ -1060,7 +1054,8 @@ def from_hugging_face(source):
                        theirs.hidden_size, bias=kind == "gpt2", pos="learned" if kind == "gpt2" else "alibi")
     with torch.device("meta"):
         names = list(GPT(config).state_dict())      # their parameters come in the same order
-    weights = {name: hf_layout(config, name, p) for name, p in zip(names, hf.parameters())}
+    # clone: theirs may be the file itself, mapped, which somebody may write anew
+    weights = {name: hf_layout(config, name, p).clone() for name, p in zip(names, hf.parameters())}
     padding = config.padded_vocab_size - config.vocab_size
     weights["wte.weight"] = F.pad(weights["wte.weight"], (0, 0, 0, padding))
     model = build(config, weights, source)
@@ -1074,16 +1069,19 @@ def from_hugging_face(source):
     return model
 
 
+GPT.from_pretrained = staticmethod(from_hugging_face)
+
+
 def hugging_face_tokenizer(source):
     """Which of prepare.py's tokenizers a Hugging Face source has: "gpt2" or "bytes". Raises ModelError."""
     with hugging_face(source) as transformers:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-        ids = tokenizer.encode(PROBE, add_special_tokens=False)
-        size, eot = len(tokenizer), tokenizer.convert_tokens_to_ids("<|endoftext|>")
-    for name, n_vocab in (("gpt2", 50257), ("bytes", 257)):
-        if (ids, size, eot) == (PROBE_TOKENS[name], n_vocab, n_vocab - 1):
+        found = len(tokenizer), tokenizer.encode(PROBE, add_special_tokens=False)
+        eot = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    for name, expected in TOKENIZERS.items():
+        if found == expected and eot == expected[0] - 1:
             return name
-    raise ModelError(f"{source}: its tokenizer ({size} tokens) is neither GPT-2's nor bytes, or is missing")
+    raise ModelError(f"{source}: its tokenizer ({found[0]} tokens) is missing, or neither GPT-2's nor bytes")
 
 
 def export(model, folder, tokenizer):
