@@ -452,7 +452,7 @@ def is_hopper(x):
 
 
 def tiles(q, dropout):
-    """(M, N, warps, stages) of the three kernels: large, but spilling no register (tests/aot.py).
+    """(M, N, warps, stages) of the three kernels: large, but spilling no register (tests/tools/aot.py).
 
     They are fixed, not tuned at run time: another choice rounds differently, and a run that is
     resumed must end with the same bits. Before Hopper they fit the 99 KB of a 24 GB card.
