@@ -832,7 +832,7 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self, T):
-        """FLOPs to train on a token at context T: 6 per weight (Kaplan et al. 2020), and attention."""
+        """FLOPs to train on a token at context T: 6 per weight (Kaplan et al. 2020), and causal attention."""
         weights = self.num_params() - (0 if self.wpe is None else self.wpe.weight.numel())
         return 6 * weights + 6 * self.config.n_layer * self.config.n_embd * T
 
@@ -853,7 +853,7 @@ class GPT(nn.Module):
         x, branch = F.dropout(x, self.config.dropout, self.training), None
         for i, block in enumerate(self.h):
             if self.checkpointing and self.training and i < len(self.h) - 1:    # the last is needed at once
-                # return one sum: given a pair, torch.compile would keep both and save no memory
+                # one sum, not the pair, for which torch.compile would save no memory
                 x = checkpoint(lambda x, block: torch.add(*block(x, None, self.slopes)),
                                x, block, use_reentrant=False)
             else:
