@@ -1014,11 +1014,13 @@ def hugging_face(source):
     """Import transformers, and turn what it raises about source, of any type, into a ModelError."""
     try:
         import transformers
+        if int(transformers.__version__.split(".")[0]) < 5:
+            raise ImportError(f"transformers {transformers.__version__} is too old")
         transformers.logging.set_verbosity_error()
         yield transformers
     except Exception as e:
         advice = "" if os.path.isdir(source) else "; give a .pt, a folder or, with a network, a hub name"
-        advice = "; pip install transformers" if isinstance(e, ImportError) else advice
+        advice = "; pip install -U transformers" if isinstance(e, ImportError) else advice
         raise ModelError(f"{source}: {' '.join(str(e).split())[:300]}{advice}")
 
 
@@ -1096,21 +1098,22 @@ def export(model, folder, tokenizer):
     shape = dict(vocab_size=config.vocab_size, num_hidden_layers=config.n_layer,
                  num_attention_heads=config.n_head, hidden_size=config.n_embd,
                  bos_token_id=tokenizer.eot_token, eos_token_id=tokenizer.eot_token)
+    os.makedirs(folder, exist_ok=True)
     with hugging_face(folder) as transformers:
         if config.pos == "learned":     # llama.cpp reads n_ctx
             theirs = transformers.GPT2Config(**shape, n_positions=T, n_ctx=T)
         else:       # ALiBi works beyond the training context, in transformers up to max_seq_len
             theirs = transformers.MptConfig(**shape, max_seq_len=8 * T, block_size=T, learned_pos_emb=False,
                                             use_cache=True)
-    with torch.device("meta"):
-        hf = transformers.AutoModelForCausalLM.from_config(theirs)
-    weights = {key: hf_layout(config, name, p)[:len(q)].float().cpu()       # without the vocabulary's padding
-               for (name, p), (key, q) in zip(model.named_parameters(), hf.named_parameters())}
-    hf.save_pretrained(folder, state_dict=weights)
-    if config.pos == "alibi":       # as llama.cpp spells it; transformers looks at model_type
-        hf.config.architectures = ["MPTForCausalLM"]
-        hf.config.save_pretrained(folder)
-    hf_tokenizer(tokenizer, T).save_pretrained(folder)
+        with torch.device("meta"):
+            hf = transformers.AutoModelForCausalLM.from_config(theirs)
+        weights = {key: hf_layout(config, name, p)[:len(q)].float().cpu()       # without the padding
+                   for (name, p), (key, q) in zip(model.named_parameters(), hf.named_parameters())}
+        hf.save_pretrained(folder, state_dict=weights)
+        if config.pos == "alibi":       # as llama.cpp spells it; transformers looks at model_type
+            hf.config.architectures = ["MPTForCausalLM"]
+            hf.config.save_pretrained(folder)
+        hf_tokenizer(tokenizer, T).save_pretrained(folder)
 
 
 def hf_tokenizer(tokenizer, model_max_length):

@@ -162,7 +162,7 @@ def test_a_folder_or_name_without_a_model_is_one_line(tmp_path, monkeypatch):
         assert "\n" not in str(e.value)
     assert "network" in str(e.value)
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)        # as if it were not installed
-    with pytest.raises(ModelError, match="pip install transformers"):
+    with pytest.raises(ModelError, match="pip install -U transformers"):
         m.load(str(tmp_path / "cut"))
 
 
@@ -176,6 +176,9 @@ def test_export_is_what_llama_cpp_reads(tmp_path):
     with pytest.raises(ModelError, match="bias"):
         m.export(GPT(GPTConfig(**TINY, pos="alibi")), str(tmp_path / "neither"), BYTES)
     assert not (tmp_path / "neither").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError):
+        m.export(GPT(GPTConfig(**TINY)), str(tmp_path / "file"), BYTES)
 
 
 def test_an_alibi_export_generates_beyond_the_training_context(tmp_path):
