@@ -1101,7 +1101,8 @@ def export(model, folder, tokenizer):
     os.makedirs(folder, exist_ok=True)
     with hugging_face(folder) as transformers:
         if config.pos == "learned":     # llama.cpp reads n_ctx
-            theirs = transformers.GPT2Config(**shape, n_positions=T, n_ctx=T)
+            theirs = transformers.GPT2Config(**shape, n_positions=T, n_ctx=T, attn_pdrop=config.dropout,
+                                             resid_pdrop=config.dropout, embd_pdrop=config.dropout)
         else:       # ALiBi works beyond the training context, in transformers up to max_seq_len
             theirs = transformers.MptConfig(**shape, max_seq_len=8 * T, block_size=T, learned_pos_emb=False,
                                             use_cache=True)
