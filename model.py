@@ -1,42 +1,41 @@
 """GPT-2, whole: three ops with their Triton kernels, the model, and its checkpoints.
 
-    map     layer_norm               normalise each row of the residual stream
-            attention                causal softmax(q k^T) v, with ALiBi and dropout
-            linear_cross_entropy     the tied head and the loss in one
-            GPTConfig, GPT           the model; GPT.from_pretrained reads Hugging Face folders
-            save, load, export       checkpoints of our own; Hugging Face folders
+    layer_norm               normalise each row of the residual stream
+    attention                causal softmax(q k^T) v, with ALiBi and dropout
+    linear_cross_entropy     the tied head and the loss in one
+    GPTConfig, GPT           the model: forward, loss, generation; GPT.from_pretrained
+    save, load               checkpoints: a .pt of ours, or a Hugging Face model
+    export                   a model and its tokenizer as a Hugging Face folder:
+                             python model.py out/1.1B.pt --export hf/1.1B
 
-Each op stands in the same order: its mathematics, NAME_ref (plain PyTorch: the definition), the
-Triton kernels forward and backward, the custom operators that launch them (which torch.compile
-takes whole), and NAME, the one entry.
+Each op is laid out the same way: its mathematics, NAME_ref (plain PyTorch, the definition), the Triton
+forward and backward, the custom operator that launches them (which torch.compile takes whole), and
+NAME, the one entry.
 
-Two forms, each exactly one Hugging Face architecture, so that weights travel both ways:
+The model has two forms. Each is one Hugging Face architecture, so weights travel both ways:
 
     pos="learned", bias=True      GPT2LMHeadModel (tanh GELU)
     pos="alibi",   bias=False     MptForCausalLM  (erf GELU)
 
-Letters in shape comments: B sequences, T tokens, C channels (n_embd), H heads, D = C / H channels
-of one head, V tokens of the vocabulary, N rows (B times T). A kernel's tiles hold M rows (queries)
-by N columns (keys).
+Letters in shape comments: B sequences, T tokens, C channels (n_embd), H heads, D = C / H channels of one
+head, V tokens of the vocabulary, N rows (B times T). A kernel's tile has M rows (queries) by N columns
+(keys).
 """
 from __future__ import annotations      # tl.constexpr is only named where there is no Triton
 
-import json
 import math
 import os
 import pickle
 import sys
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.library import custom_op
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 try:
@@ -716,7 +715,7 @@ def linear_cross_entropy(x, weight, targets, reduction="mean", ignore_index=-1, 
 class GPTConfig:
     """The shape of a model. Defaults are GPT-2 124M. Raises ModelError where it cannot be built."""
     block_size: int = 1024      # tokens of context
-    vocab_size: int = 50257     # tokens that can occur; the embedding is padded to a multiple of 64
+    vocab_size: int = 50257     # the embedding has more rows, up to a multiple of 64
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
@@ -802,8 +801,8 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """GPT-2 (Radford et al. 2019) with learned or ALiBi positions and a head tied to the embedding.
 
-    model(idx) -> logits (B, T, V); model(idx, targets) -> the loss in nats, its mean or, with
-    reduction="none", (B, T) losses. idx, targets: (B, T) int64; target -1 counts for nothing.
+    model(idx) -> logits (B, T, V); model(idx, targets) -> the mean loss in nats, or with
+    reduction="none" the (B, T) losses. idx, targets: (B, T) int64; targets of -1 are ignored.
     Raises ModelError where T exceeds block_size and positions are learned.
     """
 
@@ -816,8 +815,9 @@ class GPT(nn.Module):
         self.ln_f = LayerNorm(config)
         slopes = alibi_slopes(config.n_head) if config.pos == "alibi" else None
         self.register_buffer("slopes", slopes, persistent=False)
+        self.checkpointing = False      # recompute each layer in the backward instead of keeping it
 
-        # GPT-2's initialisation; residual projections are scaled down so that the stream's
+        # GPT-2's initialisation: projections into the residual stream are smaller, so that its
         # variance does not grow with depth
         for name, p in self.named_parameters():
             if p.dim() == 2:
@@ -826,67 +826,64 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
         with torch.no_grad():
-            self.wte.weight[config.vocab_size:] = 0     # padding: never read, never a gradient
-
-        self.checkpointing = False      # recompute each layer in the backward instead of keeping it
+            self.wte.weight[config.vocab_size:] = 0     # padding: never read, its gradient stays 0
 
     def num_params(self):
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self, T):
-        """Training FLOPs of a token at context T: 6 per weight that multiplies, causal attention by its half.
-
-        The count of Kaplan et al. 2020 with attention; recomputed layers are not counted.
-        """
+        """FLOPs to train on a token at context T: 6 per weight (Kaplan et al. 2020), and causal attention."""
         weights = self.num_params() - (0 if self.wpe is None else self.wpe.weight.numel())
         return 6 * weights + 6 * self.config.n_layer * self.config.n_embd * T
 
     def hidden(self, idx, cache=None):
-        """The final, normalised stream (B, T, C) for idx (B, T).
+        """The residual stream after the last norm, (B, T, C), for idx (B, T).
 
-        cache: a list for each layer, empty at first, which keeps its keys and values: the next call
-        with it goes on behind these tokens.
+        cache: a list per layer, empty at first, which keeps its keys and values; the next call with
+        the same cache continues after these tokens.
         """
         past = cache[0][0].size(2) if cache and cache[0] else 0
         T = past + idx.size(1)
         x = self.wte(idx)
         if self.wpe is not None:
             if T > self.config.block_size:
-                raise ModelError(f"{T} tokens of context, but this model's learned positions end "
-                                 f"at block_size={self.config.block_size}")
+                raise ModelError(f"{T} tokens of context, but learned positions end at "
+                                 f"block_size={self.config.block_size}")
             x = x + self.wpe.weight[past:T]
         x, branch = F.dropout(x, self.config.dropout, self.training), None
         for i, block in enumerate(self.h):
             if self.checkpointing and self.training and i < len(self.h) - 1:    # the last is needed at once
-                # one sum per layer: given the pair, torch.compile would keep neither part nor save memory
-                x = checkpoint(lambda x, block: torch.add(*block(x, None, self.slopes)), x, block, use_reentrant=False)
+                # one sum, not the pair, for which torch.compile would save no memory
+                x = checkpoint(lambda x, block: torch.add(*block(x, None, self.slopes)),
+                               x, block, use_reentrant=False)
             else:
                 x, branch = block(x, branch, self.slopes, cache and cache[i])
         return self.ln_f(branch, residual=x)[0]
 
     def forward(self, idx, targets=None, reduction="mean"):
         x = self.hidden(idx)
-        V = self.config.vocab_size      # padding beyond it takes no probability
+        V, weight = self.config.vocab_size, self.wte.weight     # rows from V on are padding: no logits
         if targets is None:
-            return F.linear(x, self.wte.weight[:V])
-        loss = linear_cross_entropy(x.flatten(0, 1), self.wte.weight, targets.flatten(), reduction, vocab_size=V)
+            return F.linear(x, weight[:V])
+        loss = linear_cross_entropy(x.flatten(0, 1), weight, targets.flatten(), reduction, vocab_size=V)
         return loss.view_as(targets) if reduction == "none" else loss
 
     def crop_block_size(self, block_size):
         """Change the context length in place. Learned positions can only become fewer."""
         if self.wpe is not None:
             if block_size > self.config.block_size:
-                raise ModelError(f"block_size={block_size}: this model's learned positions end at "
-                                 f"{self.config.block_size}")
-            self.wpe = nn.Embedding.from_pretrained(self.wpe.weight[:block_size].detach().clone(), freeze=False)
+                raise ModelError(f"block_size={block_size}: learned positions end at "
+                                 f"block_size={self.config.block_size}")
+            kept = self.wpe.weight[:block_size].detach().clone()
+            self.wpe = nn.Embedding.from_pretrained(kept, freeze=False)
         self.config.block_size = block_size
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None, top_p=None):
         """Continue idx (B, T) by sampling; returns (B, T + max_new_tokens). Temperature 0 is greedy.
 
-        top_k: among so many of the likeliest tokens; top_p: among the fewest likeliest tokens that
-        together have this probability (Holtzman et al. 2020, arXiv:1904.09751).
+        top_k: only the k most likely tokens; top_p: only the fewest most likely tokens that have this
+        probability together (Holtzman et al. 2020, arXiv:1904.09751).
         """
         cache, new = [[] for _ in self.h], idx[:, -self.config.block_size:]
         for _ in range(max_new_tokens):
@@ -897,15 +894,15 @@ class GPT(nn.Module):
             else:
                 if top_k is not None:
                     kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
-                    logits = logits.masked_fill(logits < kth, -math.inf)
+                    logits[logits < kth] = -math.inf
                 p = torch.softmax(logits / temperature, dim=-1)
                 if top_p is not None:
                     ranked, tokens = p.sort(dim=-1, descending=True)
-                    ranked[ranked.cumsum(-1) - ranked >= top_p] = 0         # what comes before it is enough
+                    ranked[ranked.cumsum(-1) - ranked >= top_p] = 0         # those before it are enough
                     p = torch.zeros_like(p).scatter(-1, tokens, ranked)
                 token = torch.multinomial(p, 1, generator=generator)
             idx, new = torch.cat((idx, token), dim=1), token
-            if idx.size(1) > self.config.block_size:    # the window slides, and with it every position
+            if idx.size(1) > self.config.block_size:    # the window slides: every position changes
                 cache, new = [[] for _ in self.h], idx[:, -self.config.block_size:]
         return idx
 
@@ -913,50 +910,21 @@ class GPT(nn.Module):
     def total_loss(self, tokens, starts, block_size, batch_size, autocast=nullcontext()):
         """Sum of the losses in nats over the windows tokens[s : s + block_size + 1], s in starts.
 
-        tokens: a numpy array (n,) of integers; a window over its end is short. Each window's first
-        token is context alone. Draws no random number, whatever mode the model is in.
+        tokens: a numpy array (n,) of integers; a window past its end is shorter. The first token of a
+        window is only context. Draws no random number, in training mode too.
         """
-        training, device = self.training, self.wte.weight.device
+        training = self.training
         self.eval()
         total = torch.zeros((), dtype=torch.float64)
         for i in range(0, len(starts), batch_size):
-            windows = [tokens[s:s + block_size + 1] for s in starts[i:i + batch_size]]
-            rows = torch.full((len(windows), block_size + 1), -1)
-            for row, window in zip(rows, windows):
-                row[:len(window)] = torch.from_numpy(window.astype("int64"))
-            rows = rows.to(device)                                  # (B, T + 1), -1 behind a short one
+            windows = [tokens[s:s + block_size + 1].astype("int64") for s in starts[i:i + batch_size]]
+            rows = pad_sequence(list(map(torch.from_numpy, windows)), batch_first=True, padding_value=-1)
+            rows = rows.to(self.wte.weight.device)              # (B, T + 1), -1 after a short window
             with autocast:
                 losses = self(rows[:, :-1].clamp(min=0), rows[:, 1:], reduction="none")     # (B, T)
             total += losses.cpu().double().sum()
         self.train(training)
         return total.item()
-
-    @classmethod
-    def from_pretrained(cls, name):
-        """OpenAI's weights by name, or any local Hugging Face folder of a GPT-2 or MPT model.
-
-        name: "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl" (downloaded once into torch.hub's
-        cache), or a folder with config.json and *.safetensors. Raises ModelError.
-        """
-        if os.path.isdir(name):
-            hf = read_json(os.path.join(name, "config.json"))
-            files = sorted(Path(name).glob("*.safetensors"))
-        elif name in OPENAI:
-            n_layer, n_head, n_embd = OPENAI[name]
-            hf = dict(model_type="gpt2", n_layer=n_layer, n_head=n_head, n_embd=n_embd)
-            files = [download_openai(name)]
-        else:
-            raise ModelError(f"{name}: neither a folder nor one of {', '.join(OPENAI)}")
-        if not files:
-            raise ModelError(f"{name}: no .safetensors in this folder; write it with save_pretrained")
-        config = config_from_hf(hf, name)
-        state = {}
-        for file in files:
-            try:
-                state |= load_file(file)
-            except SafetensorError as e:
-                raise ModelError(f"{file}: not a whole safetensors file ({e}); delete it and try again")
-        return build(config, weights_from_hf(state, config, name), name)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -964,46 +932,45 @@ class GPT(nn.Module):
 
 
 def atomic_save(obj, path):
-    """torch.save to a temporary file beside path, flushed to the disk, then renamed over it.
-
-    A kill at any instant leaves the previous file whole.
-    """
+    """torch.save to a temporary file, flushed to the disk, then renamed: a kill leaves the old file whole."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    tmp = f"{path}.tmp"
+    tmp = f"{path}.{os.getpid()}.tmp"
     try:
         with open(tmp, "wb") as f:
             torch.save(obj, f)
             f.flush()
             os.fsync(f.fileno())
         os.replace(tmp, path)
-    except BaseException:
+    finally:
         if os.path.exists(tmp):
             os.remove(tmp)
-        raise
 
 
-def save(path, model, **meta):
-    """Write model alone: its config, its weights in fp32 on the CPU, and meta (plain values).
-
-    model may still be wrapped by DistributedDataParallel or torch.compile.
-    """
-    model = getattr(model, "module", model)
-    model = getattr(model, "_orig_mod", model)
+def save(path, model, *, tokenizer, **meta):
+    """Write a GPT: its config, its weights in fp32, meta (plain values). tokenizer: "gpt2" or "bytes"."""
     weights = {name: p.detach().float().cpu() for name, p in model.state_dict().items()}
+    meta = {"tokenizer": tokenizer, **meta}
     atomic_save({"config": asdict(model.config), "model": weights, "meta": meta}, path)
 
 
-def load(path, device="cpu"):
-    """Read what save wrote: (model in eval mode, meta). Raises ModelError."""
-    checkpoint = load_pickle(path)
+def load(source, device="cpu"):
+    """(model in eval mode, meta) from what save wrote, or from a Hugging Face folder or hub name.
+
+    meta["tokenizer"] is "gpt2" or "bytes". Raises ModelError, also where the tokenizer is another.
+    """
+    if not str(source).endswith(".pt"):
+        model, meta = from_hugging_face(source), {"tokenizer": hugging_face_tokenizer(source)}
+        return model.to(device).eval(), meta
+    checkpoint = load_pickle(source)
     if not isinstance(checkpoint, dict) or not {"config", "model", "meta"} <= checkpoint.keys():
-        raise ModelError(f"{path}: not a checkpoint of this project (expected config, model and meta)")
-    known = {f.name for f in fields(GPTConfig)}
-    if checkpoint["config"].keys() != known:
-        raise ModelError(f"{path}: its config has other keys than GPTConfig's: "
-                         f"{', '.join(sorted(checkpoint['config'].keys() ^ known))}")
-    config = GPTConfig(**checkpoint["config"])
-    return build(config, checkpoint["model"], path).to(device).eval(), checkpoint["meta"]
+        raise ModelError(f"{source}: not a checkpoint of this project (expected config, model and meta)")
+    config, meta = checkpoint["config"], checkpoint["meta"]
+    if wrong := config.keys() ^ {f.name for f in fields(GPTConfig)}:
+        raise ModelError(f"{source}: its config and GPTConfig differ in {', '.join(sorted(wrong))}")
+    if meta.get("tokenizer") not in TOKENIZERS:
+        raise ModelError(f"{source}: tokenizer={meta.get('tokenizer')} in its meta, expected gpt2 or bytes; "
+                         "torch.load it, correct that, and torch.save it")
+    return build(GPTConfig(**config), checkpoint["model"], source).to(device).eval(), meta
 
 
 def load_pickle(path, mmap=False):
@@ -1017,186 +984,151 @@ def load_pickle(path, mmap=False):
 
 
 def build(config, weights, source):
-    """A GPT that takes `weights` (a state dict) as its own, without initialising it first."""
-    with torch.device("meta"):
+    """A GPT that takes `weights` (a state dict) as its own, not as copies. Raises ModelError."""
+    with torch.device("meta"):      # initialises nothing
         model = GPT(config)
-    expected = {name: p.shape for name, p in model.state_dict().items()}
-    for name in sorted(expected.keys() | weights.keys()):
-        if name not in weights:
-            raise ModelError(f"{source}: {name} is missing")
-        if name not in expected:
-            raise ModelError(f"{source}: {name} does not belong to a model of this config")
-        if weights[name].shape != expected[name]:
-            raise ModelError(f"{source}: {name} is {tuple(weights[name].shape)}, "
-                             f"expected {tuple(expected[name])}")
-    model.load_state_dict(weights, assign=True)
-    for p in model.parameters():
-        p.requires_grad_(True)
+    try:
+        model.load_state_dict(weights, assign=True)
+    except RuntimeError as e:       # a line for each fault follows the first
+        raise ModelError(f"{source}: {str(e).splitlines()[1].strip()[:300]}")
     if config.pos == "alibi":
         model.slopes = alibi_slopes(config.n_head)
     return model
 
 
 # ---------------------------------------------------------------------------------------------
-# Hugging Face folders
+# Hugging Face, in and out, by transformers
 
-OPENAI = {      # name: n_layer, n_head, n_embd
-    "gpt2": (12, 12, 768),
-    "gpt2-medium": (24, 16, 1024),
-    "gpt2-large": (36, 20, 1280),
-    "gpt2-xl": (48, 25, 1600),
-}
-
-MPT_NAMES = (   # ours, theirs; GPT-2's names are ours behind "transformer."
-    ("h.", "blocks."), ("ln_1", "norm_1"), ("ln_2", "norm_2"), ("ln_f", "norm_f"),
-    ("c_attn", "Wqkv"), ("attn.c_proj", "attn.out_proj"),
-    ("mlp.c_fc", "ffn.up_proj"), ("mlp.c_proj", "ffn.down_proj"),
-)
+# what config.json must say where transformers ignores it, or where the logits may hardly show it
+HF_FIXED = {"gpt2": dict(activation_function="gelu_new", layer_norm_epsilon=1e-5),
+            "mpt": dict(layer_norm_epsilon=1e-5, expansion_ratio=4, no_bias=True, logit_scale=None,
+                        alibi=True, alibi_bias_max=8, clip_qkv=None, qk_ln=False)}
+PROBE = "It's 12,345 O'Clock\r\n\n naïve  cafe\u0301 🙂 "        # a text that other tokenizers cut differently
+TOKENIZERS = {"gpt2": (50257, [1026, 338, 1105, 11, 27712, 440, 6, 44758, 201, 628, 41492, 220, 26725, 136,
+                               223, 32485, 220]),
+              "bytes": (257, list(PROBE.encode()))}
 
 
-def hf_name(name, pos):
-    if pos == "alibi":
-        for ours, theirs in MPT_NAMES:
-            name = name.replace(ours, theirs)
-    return f"transformer.{name}"
-
-
-def hf_layout(name, p, pos):
-    """GPT-2's linear layers are Hugging Face's Conv1D, which keeps its weight as (in, out)."""
-    return p.t().contiguous() if pos == "learned" and ".c_" in name and p.dim() == 2 else p
-
-
-def config_from_hf(hf, source):
-    """GPTConfig from a Hugging Face config.json (as a dict). Raises ModelError for other models."""
-    hf = {"attn_config": {}, **hf}
-    if hf.get("model_type") == "gpt2":
-        expected = dict(activation_function="gelu_new", layer_norm_epsilon=1e-5, scale_attn_weights=True,
-                        scale_attn_by_inverse_layer_idx=False, tie_word_embeddings=True)
-        config = dict(block_size=hf.get("n_positions", 1024), n_layer=hf["n_layer"],
-                      n_head=hf["n_head"], n_embd=hf["n_embd"], bias=True, pos="learned")
-        if hf.get("n_inner") not in (None, 4 * hf["n_embd"]):
-            raise ModelError(f"{source}: n_inner={hf['n_inner']}, expected 4 * n_embd")
-    elif hf.get("model_type") == "mpt":
-        expected = dict(layer_norm_epsilon=1e-5, expansion_ratio=4, no_bias=True, logit_scale=None,
-                        tie_word_embeddings=True)
-        attn = dict(alibi=True, alibi_bias_max=8, clip_qkv=None, softmax_scale=None, qk_ln=False)
-        expected |= attn
-        hf = {**hf, **{k: hf["attn_config"].get(k, v) for k, v in attn.items()}}
-        config = dict(block_size=hf["max_seq_len"], n_layer=hf["n_layers"], n_head=hf["n_heads"],
-                      n_embd=hf["d_model"], bias=False, pos="alibi")
-    else:
-        raise ModelError(f"{source}: model_type is {hf.get('model_type')}, expected gpt2 or mpt")
-    for key, value in expected.items():
-        if hf.get(key, value) != value:
-            raise ModelError(f"{source}: {key}={hf[key]} in config.json, this model has {value}")
-    return GPTConfig(vocab_size=hf.get("vocab_size", 50257), **config)
-
-
-def config_to_hf(config):
-    """config.json (as a dict) of the Hugging Face architecture that this config is. Raises ModelError."""
-    if (config.pos, config.bias) == ("learned", True):
-        return dict(architectures=["GPT2LMHeadModel"], model_type="gpt2", activation_function="gelu_new",
-                    n_positions=config.block_size, n_layer=config.n_layer, n_head=config.n_head,
-                    n_embd=config.n_embd, vocab_size=config.vocab_size, attn_pdrop=config.dropout,
-                    resid_pdrop=config.dropout, embd_pdrop=config.dropout, tie_word_embeddings=True)
-    if (config.pos, config.bias) == ("alibi", False):
-        return dict(architectures=["MptForCausalLM"], model_type="mpt", max_seq_len=config.block_size,
-                    n_layers=config.n_layer, n_heads=config.n_head, d_model=config.n_embd,
-                    vocab_size=config.vocab_size, expansion_ratio=4, no_bias=True, learned_pos_emb=False,
-                    attn_config=dict(alibi=True, alibi_bias_max=8), tie_word_embeddings=True)
-    raise ModelError(f"pos={config.pos} with bias={config.bias} is no Hugging Face architecture: "
-                     "learned positions go with biases (GPT-2), ALiBi without (MPT)")
-
-
-def weights_from_hf(state, config, source):
-    """Our state dict from theirs: renamed, transposed where they transpose, vocabulary padded."""
-    with torch.device("meta"):
-        names = list(GPT(config).state_dict())
-    if "transformer.wte.weight" not in state:       # the hub's gpt2 files leave the prefix out
-        state = {f"transformer.{name}": p for name, p in state.items()}
-    weights = {}
-    for name in names:
-        theirs = hf_name(name, config.pos)
-        if theirs not in state:
-            raise ModelError(f"{source}: {theirs} is missing")
-        weights[name] = hf_layout(name, state[theirs].float(), config.pos)
-    padding = config.padded_vocab_size - len(weights["wte.weight"])
-    weights["wte.weight"] = F.pad(weights["wte.weight"], (0, 0, 0, padding))
-    return weights
-
-
-def export(model, folder, tokenizer=None):
-    """Write model as a Hugging Face folder that AutoModelForCausalLM loads, and the tokenizer (a
-    tiktoken.Encoding) for AutoTokenizer. Raises ModelError."""
-    config = model.config
-    hf = config_to_hf(config)
-    if tokenizer:
-        hf |= dict(bos_token_id=tokenizer.eot_token, eos_token_id=tokenizer.eot_token)
-    weights = {hf_name(name, config.pos): hf_layout(name, p.detach().float().cpu(), config.pos)
-               for name, p in model.state_dict().items()}
-    wte = weights["transformer.wte.weight"]
-    weights["transformer.wte.weight"] = wte[:config.vocab_size].contiguous()
-    os.makedirs(folder, exist_ok=True)
-    save_file(weights, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
-    with open(os.path.join(folder, "config.json"), "w") as f:
-        json.dump(hf, f, indent=2)
-    if tokenizer:
-        for name, values in tokenizer_to_hf(tokenizer).items():
-            with open(os.path.join(folder, name), "w") as f:
-                json.dump(values, f, indent=2)
-
-
-def tokenizer_to_hf(tokenizer):
-    """{file: values} of a Hugging Face tokenizer with the tokens of ours (a tiktoken.Encoding)."""
-    # bytes as GPT-2's files spell them: a character each, none of them blank or a control
-    shown = [b for b in range(256) if 33 <= b <= 126 or 161 <= b <= 172 or 174 <= b]
-    shown += [b for b in range(256) if b not in shown]
-    letters = {b: chr(b if i < 188 else 256 + i - 188) for i, b in enumerate(shown)}
-
-    def spell(token):
-        return "".join(letters[b] for b in token)
-
-    ranks = {tokenizer.decode_single_token_bytes(i): i for i in range(tokenizer.n_vocab) if i != tokenizer.eot_token}
-    merges = []
-    for token in ranks:     # in the order in which they were merged: of two that merge to it, each came before
-        parts = [token[i:i + 1] for i in range(len(token))]
-        while len(parts) > 2:
-            i = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], math.inf))
-            parts[i:i + 2] = [parts[i] + parts[i + 1]]
-        if len(parts) == 2:
-            merges.append([spell(part) for part in parts])
-    eot = tokenizer.decode([tokenizer.eot_token])
-    level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=bool(merges))  # GPT-2's regex
-    special = dict(id=tokenizer.eot_token, content=eot, special=True, normalized=False, single_word=False,
-                   lstrip=False, rstrip=False)
-    vocab = {spell(token): i for token, i in ranks.items()} | {eot: tokenizer.eot_token}
-    return {
-        "tokenizer.json": dict(version="1.0", added_tokens=[special], pre_tokenizer=level, decoder=level,
-                               model=dict(type="BPE", vocab=vocab, merges=merges)),
-        "tokenizer_config.json": dict(tokenizer_class="PreTrainedTokenizerFast", bos_token=eot, eos_token=eot,
-                                      unk_token=eot, clean_up_tokenization_spaces=False)}
-
-
-def read_json(path):
+@contextmanager
+def hugging_face(source):
+    """Import transformers, and turn what it raises about source, of any type, into a ModelError."""
     try:
-        with open(path) as f:
-            return json.load(f)
-    except (OSError, ValueError) as e:
-        raise ModelError(f"{path}: cannot be read as JSON ({e})")
+        import transformers
+        if int(transformers.__version__.split(".")[0]) < 5:
+            raise ImportError(f"transformers {transformers.__version__} is too old")
+        transformers.logging.set_verbosity_error()
+        yield transformers
+    except Exception as e:
+        advice = "" if os.path.isdir(source) else "; give a .pt, a folder or, with a network, a hub name"
+        advice = "; pip install -U transformers" if isinstance(e, ImportError) else advice
+        raise ModelError(f"{source}: {' '.join(str(e).split())[:300]}{advice}")
 
 
-def download_openai(name):
-    """Path of OpenAI's weights in torch.hub's cache, downloaded with a progress bar at first use."""
-    url = f"https://huggingface.co/openai-community/{name}/resolve/main/model.safetensors"
-    path = os.path.join(torch.hub.get_dir(), "checkpoints", f"{name}.safetensors")
-    if not os.path.exists(path):
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(url, path)
-        except OSError as e:    # urllib's errors are OSErrors
-            raise ModelError(f"{name}: cannot download {url} ({e}); without a network, put that file "
-                             f"at {path}")
-    return path
+def hf_layout(config, name, p):
+    """GPT-2's linear layers are Conv1D at Hugging Face, (in, out) where ours are (out, in). Either way."""
+    conv1d = config.pos == "learned" and ".c_" in name and p.dim() == 2
+    return p.detach().t().contiguous() if conv1d else p.detach()
+
+
+def from_hugging_face(source):
+    """The GPT-2 or MPT of a hub name ("gpt2-xl", "distilgpt2") or a folder. Raises ModelError, also for a
+    model that computes other logits than a GPT with its weights does."""
+    with hugging_face(source) as transformers:
+        theirs = transformers.AutoConfig.from_pretrained(source)
+    kind = theirs.model_type
+    if kind not in HF_FIXED:
+        raise ModelError(f"{source}: model_type={kind}, expected gpt2 or mpt")
+    settings = theirs.to_dict() | theirs.to_dict().get("attn_config", {})
+    for key, value in HF_FIXED[kind].items():
+        if settings[key] != value:
+            raise ModelError(f"{source}: {key}={settings[key]} in config.json, this model has {value}")
+
+    with hugging_face(source) as transformers:
+        hf, loading = transformers.AutoModelForCausalLM.from_pretrained(
+            source, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True)
+    masks = {key for key in loading["unexpected_keys"] if key.endswith((".attn.bias", ".attn.masked_bias"))}
+    faults = loading["mismatched_keys"] | loading["missing_keys"] | loading["unexpected_keys"] - masks
+    if faults:
+        raise ModelError(f"{source}: config.json and the weights disagree about {min(map(str, faults))}")
+
+    block_size = settings.get("n_positions") or settings.get("block_size") or settings["max_seq_len"]
+    config = GPTConfig(block_size, theirs.vocab_size, theirs.num_hidden_layers, theirs.num_attention_heads,
+                       theirs.hidden_size, bias=kind == "gpt2", pos="learned" if kind == "gpt2" else "alibi")
+    with torch.device("meta"):
+        names = list(GPT(config).state_dict())      # their parameters come in the same order
+    # clone: theirs may be the file itself, mapped, which somebody may write anew
+    weights = {name: hf_layout(config, name, p).clone() for name, p in zip(names, hf.parameters())}
+    padding = config.padded_vocab_size - config.vocab_size
+    weights["wte.weight"] = F.pad(weights["wte.weight"], (0, 0, 0, padding))
+    model = build(config, weights, source)
+    idx = torch.arange(min(64, block_size))[None] * 997 % config.vocab_size         # (1, T)
+    with torch.no_grad():
+        logits = hf(idx).logits                                                     # (1, T, V)
+        difference = (model(idx) - logits).abs().max() / logits.abs().max()
+    if not difference < 1e-3:       # rounding makes about 1e-6
+        raise ModelError(f"{source}: its logits differ from this model's by {difference:.1%}: "
+                         "config.json asks for something that this model does not have")
+    return model
+
+
+GPT.from_pretrained = staticmethod(from_hugging_face)
+
+
+def hugging_face_tokenizer(source):
+    """Which of prepare.py's tokenizers a Hugging Face source has: "gpt2" or "bytes". Raises ModelError."""
+    with hugging_face(source) as transformers:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        found = len(tokenizer), tokenizer.encode(PROBE, add_special_tokens=False)
+        eot = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    for name, expected in TOKENIZERS.items():
+        if found == expected and eot == expected[0] - 1:
+            return name
+    raise ModelError(f"{source}: its tokenizer ({found[0]} tokens) is missing, or neither GPT-2's nor bytes")
+
+
+def export(model, folder, tokenizer):
+    """Write model and tokenizer (a tiktoken.Encoding) as a Hugging Face folder. Raises ModelError.
+
+    AutoModelForCausalLM and AutoTokenizer load it, and llama.cpp converts it.
+    """
+    config, T = model.config, model.config.block_size
+    if config.bias != (config.pos == "learned"):
+        raise ModelError(f"pos={config.pos} with bias={config.bias} is no Hugging Face architecture: "
+                         "learned positions go with biases (GPT-2), ALiBi without (MPT)")
+    shape = dict(vocab_size=config.vocab_size, num_hidden_layers=config.n_layer,
+                 num_attention_heads=config.n_head, hidden_size=config.n_embd,
+                 bos_token_id=tokenizer.eot_token, eos_token_id=tokenizer.eot_token)
+    os.makedirs(folder, exist_ok=True)
+    with hugging_face(folder) as transformers:
+        if config.pos == "learned":     # llama.cpp reads n_ctx
+            theirs = transformers.GPT2Config(**shape, n_positions=T, n_ctx=T, attn_pdrop=config.dropout,
+                                             resid_pdrop=config.dropout, embd_pdrop=config.dropout)
+        else:       # ALiBi works beyond the training context, in transformers up to max_seq_len
+            theirs = transformers.MptConfig(**shape, max_seq_len=8 * T, block_size=T, learned_pos_emb=False,
+                                            use_cache=True)
+        with torch.device("meta"):
+            hf = transformers.AutoModelForCausalLM.from_config(theirs)
+        weights = {key: hf_layout(config, name, p)[:len(q)].float().cpu()       # without the padding
+                   for (name, p), (key, q) in zip(model.named_parameters(), hf.named_parameters())}
+        hf.save_pretrained(folder, state_dict=weights)
+        if config.pos == "alibi":       # as llama.cpp spells it; transformers looks at model_type
+            hf.config.architectures = ["MPTForCausalLM"]
+            hf.config.save_pretrained(folder)
+        hf_tokenizer(tokenizer, T).save_pretrained(folder)
+
+
+def hf_tokenizer(tokenizer, model_max_length):
+    """A GPT2Tokenizer with the same tokens as a tiktoken.Encoding."""
+    from transformers import GPT2Tokenizer
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+    letters = bytes_to_unicode()        # GPT-2's files have a letter for each byte
+    vocab = {"".join(letters[byte] for byte in tokenizer.decode_single_token_bytes(i)): i
+             for i in range(tokenizer.eot_token)}
+    # as in tiktoken, any two tokens that make a third can merge, and the lowest third goes first
+    merges = [(token[:i], token[i:]) for token in vocab for i in range(1, len(token))
+              if token[:i] in vocab and token[i:] in vocab]
+    vocab["<|endoftext|>"] = tokenizer.eot_token
+    return GPT2Tokenizer(vocab=vocab, merges=merges, model_max_length=model_max_length)
 
 
 def main(argv):
@@ -1206,12 +1138,11 @@ def main(argv):
     args = parser.parse_args(argv)
     model, meta = load(args.checkpoint)
     export(model, args.export, get_tokenizer(meta["tokenizer"]))
-    print(f"{args.export}: {config_to_hf(model.config)['architectures'][0]}, {meta['tokenizer']} tokens; "
-          f'AutoModelForCausalLM.from_pretrained("{args.export}") loads it')
+    print(f'AutoModelForCausalLM.from_pretrained("{args.export}") loads it; {meta["tokenizer"]} tokens')
 
 
 if __name__ == "__main__":
-    from prepare import DataError, Parser, get_tokenizer        # as a module this file needs none of the others
+    from prepare import DataError, Parser, get_tokenizer        # not needed as a module
     try:
         main(sys.argv[1:])
     except (ModelError, DataError, OSError) as e:

@@ -1,107 +1,226 @@
 import json
 import math
+import os
+import random
 
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, MptConfig, MptForCausalLM
 
-import model as m
-from model import GPT, GPTConfig, ModelError
+os.environ["HF_HUB_OFFLINE"] = "1"      # huggingface_hub reads it once; no test waits for a network
+from transformers import (AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig,  # noqa: E402
+                          MptConfig, MptForCausalLM)
+
+import model as m                                       # noqa: E402
+from model import GPT, GPTConfig, ModelError            # noqa: E402
+from prepare import get_tokenizer                       # noqa: E402
+
+TINY = dict(block_size=8, vocab_size=9, n_layer=1, n_head=1, n_embd=16)
+BYTES = get_tokenizer("bytes")
 
 
-def gpt2(n_head=4, vocab_size=101):
+def hugging_face(kind="gpt2", **settings):
+    """A small GPT2LMHeadModel or MptForCausalLM whose biases and norms are not the initial 0 and 1."""
     torch.manual_seed(0)
-    hf = GPT2LMHeadModel(GPT2Config(vocab_size=vocab_size, n_positions=40, n_embd=48, n_layer=3, n_head=n_head,
-                                    attn_pdrop=0, resid_pdrop=0, embd_pdrop=0, initializer_range=0.2))
-    for name, p in hf.named_parameters():       # biases start at 0 and norms at 1, where they hide mistakes
+    common = dict(vocab_size=257, num_hidden_layers=2, num_attention_heads=4, hidden_size=48,
+                  initializer_range=0.2, bos_token_id=256, eos_token_id=256)
+    if kind == "gpt2":
+        hf = GPT2LMHeadModel(GPT2Config(**common | dict(n_positions=40) | settings))
+    else:
+        hf = MptForCausalLM(MptConfig(**common | dict(max_seq_len=40) | settings))
+    for p in hf.parameters():
         if p.dim() == 1:
             p.data += 0.3 * torch.randn_like(p)
-    return hf
+    return hf.eval()
 
 
-def mpt(n_head=4, vocab_size=101):
-    torch.manual_seed(0)
-    hf = MptForCausalLM(MptConfig(vocab_size=vocab_size, max_seq_len=40, d_model=48, n_layers=3, n_heads=n_head,
-                                  initializer_range=0.2, attn_config=dict(alibi=True)))
-    for name, p in hf.named_parameters():
-        if p.dim() == 1:
-            p.data += 0.3 * torch.randn_like(p)
-    return hf
+def close(a, b):
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("make, n_head", [(gpt2, 4), (gpt2, 3), (mpt, 4), (mpt, 12), (mpt, 3)])
-def test_agrees_with_hugging_face_both_ways(make, n_head, tmp_path):
-    hf = make(n_head)
+def change(folder, **settings):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
+# ---- Hugging Face, in and out
+
+
+@pytest.mark.parametrize("kind, n_head", [("gpt2", 4), ("mpt", 4), ("mpt", 3), ("mpt", 12)])
+def test_agrees_with_hugging_face_both_ways(kind, n_head, tmp_path):
+    hf = hugging_face(kind, num_attention_heads=n_head)
     hf.save_pretrained(tmp_path / "theirs")
     ours = GPT.from_pretrained(str(tmp_path / "theirs"))
-    idx = torch.randint(0, 101, (2, 33))
-    targets = torch.randint(0, 101, (2, 33))
-
+    idx, targets = torch.randint(0, 257, (2, 2, 33))
     logits = hf(idx).logits
-    assert ours(idx).shape == (2, 33, 101)
-    torch.testing.assert_close(ours(idx), logits, atol=1e-5, rtol=1e-5)
+    assert ours(idx).shape == (2, 33, 257)
+    close(ours(idx), logits)
 
     loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
     loss.backward()
     our_loss = ours(idx, targets)
     our_loss.backward()
-    torch.testing.assert_close(our_loss, loss, atol=1e-5, rtol=1e-5)
-    per_token = ours(idx, targets, reduction="none")
-    torch.testing.assert_close(per_token, F.cross_entropy(logits.transpose(1, 2), targets, reduction="none"),
-                               atol=1e-5, rtol=1e-5)
+    close(our_loss, loss)
+    close(ours(idx, targets, reduction="none"), F.cross_entropy(logits.transpose(1, 2), targets, reduction="none"))
 
+    # every gradient, under its name there
     theirs = dict(hf.named_parameters())
-    names = ({"h.": "blocks.", "ln_1": "norm_1", "ln_2": "norm_2", "ln_f": "norm_f", "c_attn": "Wqkv",
-              "attn.c_proj": "attn.out_proj", "mlp.c_fc": "ffn.up_proj", "mlp.c_proj": "ffn.down_proj"}
-             if make is mpt else {})
+    mpt_names = {"h.": "blocks.", "ln_1": "norm_1", "ln_2": "norm_2", "ln_f": "norm_f", "c_attn": "Wqkv",
+                 "attn.c_proj": "attn.out_proj", "mlp.c_fc": "ffn.up_proj", "mlp.c_proj": "ffn.down_proj"}
     for name, p in ours.named_parameters():
-        for a, b in names.items():
+        grad = p.grad.t() if kind == "gpt2" and ".c_" in name and p.dim() == 2 else p.grad
+        for a, b in mpt_names.items() if kind == "mpt" else ():
             name = name.replace(a, b)
-        grad = theirs.pop(f"transformer.{name}").grad
-        mine = p.grad[:101] if "wte" in name else p.grad
-        mine = mine.t() if make is gpt2 and ".c_" in name and mine.dim() == 2 else mine
-        torch.testing.assert_close(mine, grad, atol=1e-5, rtol=1e-5)
-    assert not theirs       # every one of their parameters was compared
+        close(grad[:257], theirs.pop(f"transformer.{name}").grad)
+    assert not theirs
 
-    m.export(ours, tmp_path / "back")
+    m.export(ours, str(tmp_path / "back"), BYTES)
     back = AutoModelForCausalLM.from_pretrained(tmp_path / "back")
     assert type(back) is type(hf)
-    torch.testing.assert_close(back(idx).logits, logits, atol=1e-5, rtol=1e-5)
+    close(back(idx).logits, logits)
+    assert GPT.from_pretrained(str(tmp_path / "back")).config == ours.config
 
 
-def test_named_gpt2_is_found_in_the_cache(tmp_path, monkeypatch):
-    """What `from_pretrained("gpt2")` reads: the hub's file, whose names lack the prefix."""
-    from safetensors.torch import save_file
-    monkeypatch.setattr(m, "OPENAI", {"gpt2": (3, 4, 48)})
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    torch.manual_seed(0)
-    hf = GPT2LMHeadModel(GPT2Config(n_embd=48, n_layer=3, n_head=4))
-    (tmp_path / "checkpoints").mkdir()
-    save_file({name: p.contiguous() for name, p in hf.transformer.state_dict().items()},
-              tmp_path / "checkpoints" / "gpt2.safetensors")
-    ours, idx = GPT.from_pretrained("gpt2"), torch.randint(0, 50257, (1, 9))
-    torch.testing.assert_close(ours(idx), hf.eval()(idx).logits, atol=1e-5, rtol=1e-5)
+def sharded(hf, folder):
+    hf.save_pretrained(folder, max_shard_size="60KB")
+    assert len(list(folder.glob("*.safetensors"))) > 2
 
 
-def test_no_network_says_where_to_put_the_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+def as_on_the_hub(hf, folder):
+    """As openai-community/gpt2 is: no prefix, the causal masks of old versions, a config that says little."""
+    hf.save_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    state = dict(hf.transformer.state_dict())
+    for i in range(2):
+        state[f"h.{i}.attn.bias"] = torch.ones(1, 1, 40, 40).tril()
+        state[f"h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
+    torch.save(state, folder / "pytorch_model.bin")
+    (folder / "config.json").write_text(json.dumps(dict(
+        model_type="gpt2", n_ctx=40, n_positions=40, n_embd=48, n_head=4, n_layer=2, vocab_size=257)))
 
-    def unreachable(*_):
-        raise OSError("unreachable")
-    monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
-    with pytest.raises(ModelError, match=f"huggingface.co.*{tmp_path}/checkpoints/gpt2-xl.safetensors"):
-        GPT.from_pretrained("gpt2-xl")
+
+def with_its_head(hf, folder):
+    hf.save_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    torch.save({key: p.clone() for key, p in hf.state_dict().items()}, folder / "pytorch_model.bin")
 
 
-@pytest.mark.parametrize("key, value", [("activation_function", "relu"), ("n_inner", 64), ("model_type", "llama"),
-                                        ("layer_norm_epsilon", 1e-6)])
-def test_another_architecture_is_refused(key, value, tmp_path):
-    gpt2().save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, key: value}))
-    with pytest.raises(ModelError, match=key):
+def in_half_precision(hf, folder):
+    hf.half().save_pretrained(folder)
+    hf.float()
+
+
+def resized(hf, folder):
+    hf.resize_token_embeddings(270)
+    hf.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("kind, write", [
+    ("gpt2", as_on_the_hub), ("gpt2", with_its_head), ("gpt2", resized), ("mpt", sharded),
+    ("mpt", in_half_precision)])
+def test_files_as_people_have_them(kind, write, tmp_path):
+    hf = hugging_face(kind)
+    write(hf, tmp_path)
+    ours, idx = GPT.from_pretrained(str(tmp_path)), torch.randint(0, 257, (1, 20))
+    for path in tmp_path.iterdir():
+        path.write_bytes(b"")       # what was read is not the file itself, mapped
+    close(ours(idx), hf(idx).logits)
+
+
+@pytest.mark.parametrize("kind, settings, named", [
+    ("gpt2", dict(activation_function="gelu"), "activation_function"),
+    ("gpt2", dict(layer_norm_epsilon=1e-6), "layer_norm_epsilon"),
+    ("gpt2", dict(scale_attn_by_inverse_layer_idx=True), "logits"),
+    ("gpt2", dict(tie_word_embeddings=False), "logits"), ("gpt2", dict(n_inner=64), "mlp.c_fc"),
+    ("mpt", dict(logit_scale=0.5), "logit_scale"), ("mpt", dict(attn_config=dict(softmax_scale=0.5)), "logits"),
+    ("mpt", dict(attn_config=dict(alibi_bias_max=16)), "alibi_bias_max")])
+def test_what_computes_something_else_is_refused(kind, settings, named, tmp_path):
+    hugging_face(kind, **settings).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=named):
         GPT.from_pretrained(str(tmp_path))
+
+
+@pytest.mark.parametrize("settings, named", [
+    (dict(vocab_size=260), "wte.*257.*260"), (dict(n_positions=50), "wpe"), (dict(n_layer=3), r"h\.2"),
+    (dict(n_layer=1), r"h\.1"), (dict(model_type="llama"), "llama"), (dict(n_embd="48"), "n_embd")])
+def test_a_config_that_does_not_fit_its_weights_is_refused(settings, named, tmp_path):
+    hugging_face().save_pretrained(tmp_path)
+    change(tmp_path, **settings)
+    with pytest.raises(ModelError, match=named) as e:
+        GPT.from_pretrained(str(tmp_path))
+    assert "\n" not in str(e.value)
+
+
+def test_a_folder_or_name_without_a_model_is_one_line(tmp_path, monkeypatch):
+    hugging_face().save_pretrained(tmp_path / "cut")
+    weights = tmp_path / "cut/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-99])
+    (tmp_path / "empty").mkdir()
+    for source in (str(tmp_path / "cut"), str(tmp_path / "empty"), "no-such/model", "a/b/c"):
+        with pytest.raises(ModelError, match=source) as e:
+            m.load(source)
+        assert "\n" not in str(e.value)
+    assert "network" in str(e.value)
+    monkeypatch.setitem(__import__("sys").modules, "transformers", None)        # as if it were not installed
+    with pytest.raises(ModelError, match="pip install -U transformers"):
+        m.load(str(tmp_path / "cut"))
+
+
+def test_export_is_what_llama_cpp_reads(tmp_path):
+    m.export(GPT(GPTConfig(**TINY)), str(tmp_path / "gpt2"), BYTES)
+    m.export(GPT(GPTConfig(**TINY, pos="alibi", bias=False)), str(tmp_path / "mpt"), BYTES)
+    gpt2, mpt = (json.loads((tmp_path / kind / "config.json").read_text()) for kind in ("gpt2", "mpt"))
+    assert gpt2["architectures"] == ["GPT2LMHeadModel"] and gpt2["n_ctx"] == gpt2["n_positions"] == 8
+    assert mpt["architectures"] == ["MPTForCausalLM"] and mpt["attn_config"]["alibi_bias_max"] == 8
+    assert AutoTokenizer.from_pretrained(tmp_path / "mpt").model_max_length == 8
+    with pytest.raises(ModelError, match="bias"):
+        m.export(GPT(GPTConfig(**TINY, pos="alibi")), str(tmp_path / "neither"), BYTES)
+    assert not (tmp_path / "neither").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError):
+        m.export(GPT(GPTConfig(**TINY)), str(tmp_path / "file"), BYTES)
+
+
+def test_an_alibi_export_generates_beyond_the_training_context(tmp_path):
+    hugging_face("mpt").save_pretrained(tmp_path / "theirs")
+    ours = GPT.from_pretrained(str(tmp_path / "theirs"))
+    m.export(ours, str(tmp_path / "hf"), BYTES)
+    back = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    idx = torch.tensor([list(b"def f")])
+    out = back.generate(idx, max_new_tokens=60, do_sample=False, eos_token_id=None, pad_token_id=0)
+    for t in range(5, 65):
+        assert ours(out[:, :t])[0, -1].argmax() == out[0, t]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bytes"])
+def test_the_exported_tokenizer_makes_the_same_tokens(name, tmp_path):
+    tokenizer = get_tokenizer(name)
+    config = TINY | dict(vocab_size=tokenizer.n_vocab)
+    m.export(GPT(GPTConfig(**config)), str(tmp_path), tokenizer)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs.eos_token_id == theirs.bos_token_id == tokenizer.eot_token
+    rng = random.Random(0)
+    words = [tokenizer.decode([rng.randrange(tokenizer.eot_token)]) for _ in range(3000)]
+    texts = ["", "It's  DON'T\r\n\n\tnaïve e\u0301 日本 🙂 ", "=" * 99]
+    texts += ["".join(rng.choices(words, k=8)) for _ in range(500)]
+    texts += ["".join(rng.choices("ab- ", k=30)) for _ in range(500)]
+    for text in texts:
+        assert theirs.encode(text) == tokenizer.encode_ordinary(text), text
+        assert theirs.decode(theirs.encode(text)) == text
+    assert m.load(str(tmp_path))[1] == {"tokenizer": name}
+
+
+def test_another_tokenizer_is_refused(tmp_path):
+    hugging_face().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="tokenizer"):      # none at all
+        m.load(str(tmp_path))
+    m.hf_tokenizer(BYTES, 8).save_pretrained(tmp_path)
+    assert m.load(str(tmp_path))[1]["tokenizer"] == "bytes"
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    theirs.add_tokens(["<pad>"])
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="tokenizer"):
+        m.load(str(tmp_path))
 
 
 # ---- the ops, against hand-written float64
@@ -146,12 +265,11 @@ def test_bf16_attention_is_no_worse_than_eager_pytorch(alibi):
     assert ours.mean() <= theirs.mean()
 
 
-def test_attention_dropout_keeps_the_mean_and_drops_the_rate():
+def test_attention_dropout_keeps_the_mean():
     torch.manual_seed(0)
     q = k = torch.zeros(1, 1, 512, 8)
     v = torch.ones(1, 1, 512, 8)
-    y = m.attention(q, k, v, dropout_p=0.25)        # every weight is 1 / (i + 1)
-    last = y[0, 0, 256:, 0]
+    last = m.attention(q, k, v, dropout_p=0.25)[0, 0, 256:, 0]      # every weight is 1 / (i + 1)
     assert abs(last.mean() - 1) < 0.02 and last.std() > 0
     assert m.attention(q, k, v).std() < 1e-5
 
@@ -182,8 +300,8 @@ def test_linear_cross_entropy_is_the_formula():
     x, w = torch.randn(7, 6, dtype=torch.float64), torch.randn(11, 6, dtype=torch.float64)
     t = torch.tensor([3, 0, 10, -1, 5, -1, 2])
     logits = x @ w.t()
-    expected = torch.tensor([0.0 if t[i] < 0 else logits[i].exp().sum().log() - logits[i, t[i]] for i in range(7)],
-                            dtype=torch.float64)
+    expected = [0.0 if t[i] < 0 else logits[i].exp().sum().log() - logits[i, t[i]] for i in range(7)]
+    expected = torch.tensor(expected, dtype=torch.float64)
     torch.testing.assert_close(m.linear_cross_entropy(x, w, t, "none"), expected)
     torch.testing.assert_close(m.linear_cross_entropy(x, w, t), expected.sum() / 5)
 
@@ -226,32 +344,29 @@ def test_initialisation_is_gpt2s():
 
 
 def test_sizes_of_the_published_models():
-    with torch.device("meta"):      # Radford et al. 2019, counted by Hugging Face without padding
-        for name, millions in (("gpt2", 124.4), ("gpt2-medium", 354.8), ("gpt2-large", 774.0), ("gpt2-xl", 1557.6)):
-            n_layer, n_head, n_embd = m.OPENAI[name]
+    """Radford et al. 2019, as Hugging Face counts them, without padding."""
+    with torch.device("meta"):
+        for n_layer, n_head, n_embd, millions in ((12, 12, 768, 124.4), (48, 25, 1600, 1557.6)):
             model = GPT(GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd))
             assert (model.num_params() - 47 * n_embd) / 1e6 == pytest.approx(millions, abs=0.1)
 
 
 def test_dropout_acts_in_training_only():
-    model = GPT(GPTConfig(block_size=8, vocab_size=9, n_layer=1, n_head=1, n_embd=16, dropout=0.5))
-    idx = torch.randint(0, 9, (1, 8))
+    model, idx = GPT(GPTConfig(**TINY, dropout=0.5)), torch.randint(0, 9, (1, 8))
     assert not torch.equal(model(idx), model(idx))
     model.eval()
     assert torch.equal(model(idx), model(idx))
 
 
 def test_alibi_reads_past_block_size_and_learned_positions_refuse():
-    config = dict(block_size=8, vocab_size=9, n_layer=1, n_head=1, n_embd=16)
     idx = torch.randint(0, 9, (1, 12))
-    assert GPT(GPTConfig(**config, pos="alibi"))(idx).shape == (1, 12, 9)
+    assert GPT(GPTConfig(**TINY, pos="alibi"))(idx).shape == (1, 12, 9)
     with pytest.raises(ModelError, match="block_size=8"):
-        GPT(GPTConfig(**config))(idx)
+        GPT(GPTConfig(**TINY))(idx)
 
 
 def test_crop_block_size_keeps_the_function():
-    model = GPT(GPTConfig(block_size=16, vocab_size=9, n_layer=1, n_head=1, n_embd=16)).eval()
-    idx = torch.randint(0, 9, (1, 8))
+    model, idx = GPT(GPTConfig(**TINY | dict(block_size=16))).eval(), torch.randint(0, 9, (1, 8))
     before = model(idx)
     model.crop_block_size(8)
     assert torch.equal(model(idx), before) and model.wpe.weight.requires_grad
@@ -261,12 +376,24 @@ def test_crop_block_size_keeps_the_function():
 
 def test_greedy_generation_takes_the_likeliest_token():
     torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=8, vocab_size=9, n_layer=1, n_head=1, n_embd=16)).eval()
-    idx = torch.tensor([[1, 2, 3]])
+    model, start = GPT(GPTConfig(**TINY)).eval(), torch.tensor([[1, 2, 3]])
+    idx = start
     for _ in range(9):      # beyond block_size the context slides
         idx = torch.cat((idx, model(idx[:, -8:])[:, -1].argmax(-1, keepdim=True)), dim=1)
-    assert torch.equal(model.generate(torch.tensor([[1, 2, 3]]), 9, temperature=0), idx)
-    assert torch.equal(model.generate(torch.tensor([[1, 2, 3]]), 9, top_k=1), idx)
+    assert torch.equal(model.generate(start, 9, temperature=0), idx)
+    assert torch.equal(model.generate(start, 9, top_k=1), idx)
+    assert torch.equal(model.generate(start, 9, top_p=1e-9), idx)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_total_loss_counts_every_window(mode):
+    torch.manual_seed(0)
+    model = getattr(GPT(GPTConfig(**TINY, dropout=0.5)), mode)()
+    tokens = torch.randint(0, 9, (21,))
+    total = model.total_loss(tokens.numpy().astype("uint16"), [0, 8, 16], 8, batch_size=2)
+    assert model.training == (mode == "train")
+    logits = torch.cat([model.eval()(tokens[None, s:s + 8])[0] for s in (0, 8, 16)])[:20]
+    assert total == pytest.approx(F.cross_entropy(logits, tokens[1:], reduction="sum").item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("wrong", [dict(n_embd=10, n_head=4), dict(pos="rotary"), dict(n_layer=0), dict(dropout=1.0)])
@@ -280,46 +407,59 @@ def test_impossible_shapes_are_refused(wrong):
 
 def test_save_and_load_give_the_model_back(tmp_path):
     torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=8, vocab_size=9, n_layer=2, n_head=2, n_embd=16, pos="alibi", bias=False))
-    m.save(str(tmp_path / "a.pt"), torch.compile(model), step=3, lineage=[{"from": "x"}])
-    back, meta = m.load(str(tmp_path / "a.pt"))
+    path, model = str(tmp_path / "a.pt"), GPT(GPTConfig(**TINY, pos="alibi", bias=False))
+    m.save(path, model, tokenizer="bytes", step=3, lineage=[{"from": "x"}])
+    back, meta = m.load(path)
     idx = torch.randint(0, 9, (1, 8))
     assert torch.equal(back(idx), model.eval()(idx)) and back.config == model.config
-    assert meta == {"step": 3, "lineage": [{"from": "x"}]} and not back.training
+    assert meta == {"tokenizer": "bytes", "step": 3, "lineage": [{"from": "x"}]} and not back.training
     assert all(p.requires_grad for p in back.parameters())
-    raw = torch.load(tmp_path / "a.pt", weights_only=True)
-    assert set(raw["model"]) == set(model.state_dict())
-    m.save(str(tmp_path / "b.pt"), model.bfloat16())
-    assert all(p.dtype == torch.float32 for p in m.load(str(tmp_path / "b.pt"))[0].parameters())
+    m.save(path, model.bfloat16(), tokenizer="bytes")
+    assert all(p.dtype == torch.float32 for p in m.load(path)[0].parameters())
 
 
 def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
-    path = tmp_path / "a.pt"
-    model = GPT(GPTConfig(block_size=8, vocab_size=9, n_layer=1, n_head=1, n_embd=16))
-    m.save(str(path), model, step=1)
+    path, model = str(tmp_path / "a.pt"), GPT(GPTConfig(**TINY))
+    m.save(path, model, tokenizer="gpt2", step=1)
 
     def disk_full(obj, f):
         f.write(b"half of it")
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(torch, "save", disk_full)
     with pytest.raises(OSError):
-        m.save(str(path), model, step=2)
-    assert m.load(str(path))[1]["step"] == 1
+        m.save(path, model, tokenizer="gpt2", step=2)
+    assert m.load(path)[1]["step"] == 1
     assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path):
-    path = tmp_path / "a.pt"
-    with pytest.raises(ModelError, match="no such"):
-        m.load(str(path))
+    path, model = tmp_path / "a.pt", GPT(GPTConfig(**TINY))
+
+    def refused(match):
+        with pytest.raises(ModelError, match=match) as e:
+            m.load(str(path))
+        assert str(path) in str(e.value) and "\n" not in str(e.value)
+    refused("no such")
     path.write_text("hello")
-    with pytest.raises(ModelError, match="not a checkpoint"):
-        m.load(str(path))
+    refused("not a checkpoint")
     torch.save({"weights": 1}, path)
-    with pytest.raises(ModelError, match="not a checkpoint of this project"):
-        m.load(str(path))
-    model = GPT(GPTConfig(block_size=8, vocab_size=9, n_layer=1, n_head=1, n_embd=16))
-    m.save(str(path), model)
+    refused("config, model and meta")
+    m.save(str(path), model, tokenizer="bytes")
+    whole = torch.load(path, weights_only=True)
+    for wrong, match in ((dict(meta={}), "tokenizer"), (dict(meta={"tokenizer": "bpe"}), "bpe"),
+                         (dict(config=whole["config"] | {"rotary": True}), "rotary"),
+                         (dict(config=whole["config"] | {"n_layer": 2}), r"h\.1\."),
+                         (dict(config=whole["config"] | {"n_embd": 32}), "wte.weight")):
+        torch.save(whole | wrong, path)
+        refused(match)
+    m.save(str(path), model, tokenizer="bytes")
     path.write_bytes(path.read_bytes()[:-2000])
-    with pytest.raises(ModelError, match="cut short"):
-        m.load(str(path))
+    refused("cut short")
+
+
+def test_the_command_exports_a_checkpoint(run, refused, tmp_path):
+    m.save(str(tmp_path / "a.pt"), GPT(GPTConfig(**TINY | dict(vocab_size=257))), tokenizer="bytes")
+    result = run("model.py", "a.pt", "--export", "hf", cwd=tmp_path)
+    assert result.returncode == 0 and "hf" in result.stdout, result.stderr
+    assert m.load(str(tmp_path / "hf"))[1] == {"tokenizer": "bytes"}
+    assert "b.pt" in refused("model.py", "b.pt", "--export", "hf", cwd=tmp_path)
