@@ -212,10 +212,6 @@ def run_task(kind, examples, model, tokenizer, block_size, batch_size, autocast=
     return columns
 
 
-def exp(x):
-    return math.inf if x > 700 else math.exp(x)
-
-
 def ratio(x, w):
     """(sum x / sum w, its standard error) over n independent items.
 
@@ -236,19 +232,22 @@ def scores(kind, columns, chosen=slice(None)):
     result = {}
     for metric, (a, b) in METRICS[kind].items():
         value, error = ratio(columns[a][chosen], columns[b][chosen])
-        scale = 1 if a == "bits" else 100
-        result[metric] = (exp(value), exp(value) * error) if a == "nats" else (scale * value, scale * error)
+        if a == "nats":
+            value = math.exp(min(value, 700))           # a perplexity beyond 1e304 stays there
+            error *= value
+        scale = 100 if a.startswith("correct") else 1
+        result[metric] = scale * value, scale * error
     return result
 
 
 def leak_rows(name, task, kind, columns, leaks):
     """A row for each metric: on all items of a task, on the clean ones, and on the leaked ("dirty") ones."""
     dirty = np.array([(task, number) in leaks for number in range(len(columns["items"]))])
-    parts = {"all": dirty | True, "clean": ~dirty, "dirty": dirty}
-    counts = {f"{part} items": int(chosen.sum()) for part, chosen in parts.items()}
-    values = {part: scores(kind, columns, chosen) for part, chosen in parts.items()}
-    return [{"checkpoint": name, "score": f"{task} {metric}", **counts,
-             **{part: values[part][metric] for part in parts}} for metric in METRICS[kind]]
+    rows = {metric: {"checkpoint": name, "score": f"{task} {metric}"} for metric in METRICS[kind]}
+    for part, chosen in (("all", dirty | True), ("clean", ~dirty), ("dirty", dirty)):
+        for metric, value in scores(kind, columns, chosen).items():
+            rows[metric] |= {f"{part} items": int(chosen.sum()), part: value}
+    return rows.values()
 
 
 def score(tokens, model, tokenizer, block_size, batch_size, autocast=nullcontext()):
@@ -262,8 +261,8 @@ def score(tokens, model, tokenizer, block_size, batch_size, autocast=nullcontext
     windows = [([int(stream[i])], stream[i + 1:i + block_size + 1]) for i in starts]
     nats = -float(log_likelihoods(model, windows, block_size, batch_size, autocast)[0].sum())
     words, size = max(1, count_words(tokens, tokenizer)), max(1, int(token_bytes(tokenizer)[tokens].sum()))
-    return {"tokens": len(tokens), "loss": nats / len(tokens), "perplexity": exp(nats / len(tokens)),
-            "word perplexity": exp(nats / words), "bits per byte": nats / math.log(2) / size}
+    return {"tokens": len(tokens), "loss": nats / len(tokens), "perplexity": math.exp(nats / len(tokens)),
+            "word perplexity": math.exp(min(nats / words, 700)), "bits per byte": nats / math.log(2) / size}
 
 
 def bin_texts(tokens, meta, size=2**22, overlap=256):
@@ -421,7 +420,7 @@ def make_plan(args):
             files += map(str, paths)
         except (OSError, ValueError) as e:              # a DataError is a ValueError
             print(f"eval.py: {task} is left out: {e}", file=sys.stderr)
-    audited = [task for _, task, _, _ in jobs if task in TEST_SETS]
+    audited = tuple(task for _, task, _, _ in jobs if task in TEST_SETS)
     if args.audit and not audited:
         raise EvalError(f"--audit {args.audit}: there are no test items to look for")
     for name, source in (word.split("=", 1) for word in args.bpb):
