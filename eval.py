@@ -1,20 +1,23 @@
-"""Evaluate checkpoints as lm-evaluation-harness does, and continue texts with them.
+"""Score checkpoints as lm-evaluation-harness does, or continue a text with them.
 
     python eval.py --ckpt out/quickstart.pt                     four tasks, and its own validation bin
-    python eval.py --ckpt out/a.pt out/b.pt gpt2 --tasks lambada piqa --limit 200 --out scores.json
+    python eval.py --ckpt out/a.pt gpt2 --tasks lambada,piqa --limit 200 --out scores.json
     python eval.py --ckpt out/a.pt --tasks none --data data/mine/val.bin --block_size 512
     python eval.py --ckpt out/a.pt --bpb "ArXiv=arxiv.jsonl.zst" "Pile CC=data/cc/val.bin"
     python eval.py --ckpt out/a.pt --audit data/mine            which test items its training data held
     torchrun --nproc_per_node=8 eval.py --ckpt out/1.1B.pt      the items shared out over 8 GPUs
     python eval.py --ckpt out/quickstart.pt --prompt "def main():"
 
-A checkpoint is a .pt of train.py or grow.py, a Hugging Face folder, or gpt2 ... gpt2-xl. Test sets are
-read from --eval_data DIR, or downloaded once into data/raw/eval.
+A checkpoint is a .pt of train.py or grow.py, a Hugging Face folder, or a name on its hub. Test sets are
+read from --eval_data DIR, or downloaded once into data/raw/eval. Each log-likelihood is that of
+lm-evaluation-harness 0.4.13, zero-shot; tests/test_harness.py compares them, and shows two differences.
 
-Each log-likelihood is that of lm-evaluation-harness 0.4.13, zero-shot, tests/test_harness.py compares
-them one by one. Two known differences: with its logits cache on (the default) the harness scores a
-request wrongly where another one's context is this one's with some of its continuation; and it reads a
-literal <|endoftext|> in a text as the token, here it is text.
+A new task is one function and one row of TASKS; its items are read from DIR/arc.jsonl, an object a line:
+
+    def arc(item):
+        return item["question"], [f" {answer}" for answer in item["answers"]], item["label"]
+
+    "arc": (arc, "choice"),
 """
 import json
 import math
@@ -22,7 +25,8 @@ import os
 import re
 import sys
 from contextlib import nullcontext
-from itertools import groupby, islice
+from datetime import timedelta
+from itertools import chain, groupby, islice
 from pathlib import Path
 
 import numpy as np
@@ -31,67 +35,74 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import OPENAI, GPT, ModelError, load
-from prepare import (TEST_SETS, DataError, NoBin, Parser, count_words, detokenise, get_tokenizer, open_bin, open_data,
-                     sha256_of, test_files, test_grams, test_items, texts, token_bytes, write_whole)
+from model import ModelError, load
+from prepare import (TEST_SETS, DataError, NoBin, Parser, count_words, detokenise, get_tokenizer, open_bin,
+                     open_data, sha256_of, test_files, test_grams, test_items, texts, token_bytes,
+                     write_whole)
 
 
 class EvalError(ValueError):
-    """A combination that cannot be evaluated; the message is one line for the user."""
-
-
-def open_checkpoint(name, device):
-    """(model, meta) of a .pt, a Hugging Face folder or one of OpenAI's names. Raises ModelError."""
-    if name in OPENAI or os.path.isdir(name):
-        return GPT.from_pretrained(name).to(device).eval(), {"tokenizer": "gpt2"}
-    return load(name, device)
+    """Something that cannot be evaluated; the message is one line for the user."""
 
 
 # ---------------------------------------------------------------------------------------------
-# The tasks: what is scored
+# Tasks. A function turns an item into an example: (context, answers, number of the right answer),
+# or for the kind "text" (text to score, text as published).
 
 
 def lambada(item):
-    """The last word, and the single space before it, after all the others."""
+    """The last word, with the space before it, after all the others."""
     *words, last = item["text"].split(" ")
-    return " ".join(words), [f" {last}"]
+    return " ".join(words), [f" {last}"], 0
 
 
 def piqa(item):
-    return f"Question: {item['goal']}\nAnswer:", [f" {item['sol1']}", f" {item['sol2']}"]
+    return f"Question: {item['goal']}\nAnswer:", [f" {item['sol1']}", f" {item['sol2']}"], item["label"]
 
 
 def hellaswag(item):
-    def clean(text):        # of the marks that WikiHow's articles came with
+    def clean(text):        # removes WikiHow's marks
         text = text.strip().replace(" [title]", ". ")
         return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
     context = clean(f"{item['activity_label']}: {item['ctx_a']} {item['ctx_b'].capitalize()}")
-    return context, [f" {clean(ending)}" for ending in item["endings"]]
+    return context, [f" {clean(ending)}" for ending in item["endings"]], item["label"]
 
 
-REQUESTS = {"lambada": lambada, "piqa": piqa, "hellaswag": hellaswag}
+def wikitext2(item):
+    return detokenise(item["page"]), item["page"]
 
 
-def encode_pair(tokenizer, context, continuation):
-    """(context, continuation) as two lists of tokens, divided where the context's own tokens end.
+TASKS = {       # name: (function, kind)
+    "lambada": (lambada, "cloze"),
+    "piqa": (piqa, "choice"),
+    "hellaswag": (hellaswag, "choice"),
+    "wikitext2": (wikitext2, "text"),
+}
+METRICS = {     # kind: {metric: (a, b)}, the sum of column a over that of b; for nats its exponential
+    "cloze": dict(acc=("correct", "items"), perplexity=("nats", "items")),
+    "choice": dict(acc=("correct", "items"), acc_norm=("correct_norm", "items")),
+    "text": dict(token_perplexity=("nats", "tokens"), word_perplexity=("nats", "words"),
+                 byte_perplexity=("nats", "bytes")),
+    "documents": {"": ("bits", "bytes")},       # of --bpb
+}
 
-    White space at the context's end goes to the continuation, as it is part of its first token; an
-    empty context becomes <|endoftext|>.
+
+def make_requests(kind, example, tokenizer, block_size):
+    """The requests of an example: pairs (context, continuation) of token lists.
+
+    A text becomes windows that predict each token once, the first from <|endoftext|>; the last one is
+    filled up with context. Other examples have a request for each answer. White space at the context's
+    end goes to the answer, as part of its first token; an empty context becomes <|endoftext|>.
     """
-    text = context.rstrip()
-    if not text:
-        return [tokenizer.eot_token], tokenizer.encode_ordinary(context + continuation)
-    tokens = tokenizer.encode_ordinary(text)
-    return tokens, tokenizer.encode_ordinary(context + continuation)[len(tokens):]
-
-
-def rolling(tokens, eot, block_size):
-    """Pairs (context, continuation) whose continuations are, joined, the tokens: each token is predicted
-    once, the first from <|endoftext|>; the last window is filled up with context."""
-    stream = [eot, *tokens]
-    ends = [min(i + block_size, len(tokens)) for i in range(0, len(tokens), block_size)]
-    return [(stream[max(0, end - block_size):i + 1], stream[i + 1:end + 1])
-            for i, end in zip(range(0, len(tokens), block_size), ends)]
+    if kind in ("text", "documents"):
+        tokens = tokenizer.encode_ordinary(example[0])
+        stream, n = [tokenizer.eot_token, *tokens], len(tokens)
+        spans = [(i, min(i + block_size, n)) for i in range(0, n, block_size)]
+        return [(stream[max(0, end - block_size):i + 1], stream[i + 1:end + 1]) for i, end in spans]
+    context, answers, _ = example
+    tokens = tokenizer.encode_ordinary(context.rstrip())
+    both = [tokenizer.encode_ordinary(context + answer) for answer in answers]
+    return [(tokens or [tokenizer.eot_token], whole[len(tokens):]) for whole in both]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -99,75 +110,67 @@ def rolling(tokens, eot, block_size):
 
 
 def make_batches(requests, block_size, batch_size):
-    """The requests' numbers as batches (prefix, groups), of at most batch_size rows where groups allow.
+    """Batches (prefix, groups) of at most batch_size rows, where groups allow.
 
-    A group is the requests, one after the other, that have a context in common: all of it but the
-    last token is their prefix, computed once. The prefixes of a batch are equally long, so that only what
-    follows them is padded, and rows of similar length come together. Requests that stand alone, or
-    are too long to keep all of their context, have a prefix of 0 tokens.
+    A group is the numbers of neighbouring requests with the same context: all of it but the last token is
+    their prefix, computed once. The prefixes of a batch are equally long, so that only what follows them
+    is padded. A request that stands alone or is too long for the context has a prefix of 0 tokens.
     """
-    def length(i):
-        return sum(map(len, requests[i]))
-
-    groups = []         # (tokens of prefix, longest row, numbers of requests)
+    lengths = [len(context) + len(continuation) for context, continuation in requests]
+    groups = []         # (tokens of prefix, tokens of the longest row, numbers of the requests)
     for _, same in groupby(range(len(requests)), key=lambda i: requests[i][0]):
         same = list(same)
-        if len(same) > 1 and max(map(length, same)) <= block_size + 1:
-            groups.append((len(requests[same[0]][0]) - 1, max(map(length, same)), same))
+        longest = max(lengths[i] for i in same)
+        if len(same) > 1 and longest <= block_size + 1:
+            groups.append((len(requests[same[0]][0]) - 1, longest, same))
         else:
-            groups += [(0, length(i), [i]) for i in same]
-    batches = []
-    for prefix, alike in groupby(sorted(groups, reverse=True), key=lambda group: group[0]):
-        rows = batch_size
-        for _, _, group in alike:
-            if rows + len(group) > batch_size:
-                batches.append((prefix, []))
-                rows = 0
-            batches[-1][1].append(group)
-            rows += len(group)
+            groups += [(0, lengths[i], [i]) for i in same]
+    batches, rows = [], 0
+    for prefix, _, same in sorted(groups, reverse=True):        # rows of similar length come together
+        if not batches or batches[-1][0] != prefix or rows + len(same) > batch_size:
+            batches.append((prefix, []))
+            rows = 0
+        batches[-1][1].append(same)
+        rows += len(same)
     return batches
 
 
 @torch.no_grad()
 def log_likelihoods(model, requests, block_size, batch_size, autocast=nullcontext(), what="scoring"):
-    """The log-probability (n,) of each continuation in nats, fp64, and whether each of its tokens is the
-    likeliest one, (n,) bool.
+    """(log-probability (n,) of each continuation in nats, fp64; whether its tokens are the likeliest (n,)).
 
-    requests: pairs (context, continuation) of token lists, of which the last block_size + 1 tokens
-    count. Softmax in fp32, over the vocabulary without its padding. The device is waited for once, at the end;
-    under torchrun the batches are shared out. Raises EvalError.
+    The last block_size + 1 tokens of a request count. Softmax in fp32, over the vocabulary without padding.
+    The device is waited for once, at the end; under torchrun the batches are shared out. Raises EvalError.
     """
     for number, (_, continuation) in enumerate(requests, 1):
         if not 0 < len(continuation) <= block_size:
-            raise EvalError(f"{what}, request {number}: a continuation of {len(continuation)} tokens, expected 1 to "
-                            f"block_size={block_size}")
+            raise EvalError(f"{what} {number}: {len(continuation)} tokens, expected 1 to {block_size}")
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     weight = model.wte.weight[:model.config.vocab_size]
-    chunk = max(1, 2**23 // len(weight))        # rows whose logits exist at a time: 32 MiB
+    chunk = max(1, 2**23 // len(weight))        # positions whose logits exist at a time: 32 MiB
 
     def on_device(values):
         x = torch.as_tensor(values)
         return x.pin_memory().to(weight.device, non_blocking=True) if weight.is_cuda else x.to(weight.device)
 
-    order, losses, hits = [], [], []            # the requests' numbers; (M,) values of their tokens
+    order, losses, hits = [], [], []            # numbers of the requests; values (M,) of their tokens
     batches = make_batches(requests, block_size, batch_size)[rank::world]
     for prefix, groups in tqdm(batches, desc=what, unit="batch", leave=False, disable=rank > 0):
-        numbers = [i for group in groups for i in group]
-        rows = [[*requests[i][0], *requests[i][1]][-(block_size + 1):][prefix:] for i in numbers]
-        T = max(map(len, rows)) - 1
-        idx = np.zeros((len(rows), T), dtype=np.int64)
-        at = []                                 # where in idx, flattened, the next token is scored
+        numbers = [i for same in groups for i in same]
+        rows = [np.concatenate(requests[i])[-(block_size + 1):][prefix:] for i in numbers]
+        tokens = np.zeros((len(rows), max(map(len, rows))), dtype=np.int64)             # (B, T + 1)
+        scored = np.zeros((len(rows), tokens.shape[1] - 1), dtype=bool)                 # (B, T)
         for b, (i, row) in enumerate(zip(numbers, rows)):
-            idx[b, :len(row) - 1] = row[:-1]
-            at += range(b * T + len(row) - 1 - len(requests[i][1]), b * T + len(row) - 1)
-        targets = on_device([token for i in numbers for token in requests[i][1]])       # (M,)
+            tokens[b, :len(row)] = row
+            scored[b, len(row) - 1 - len(requests[i][1]):len(row) - 1] = True
+        idx, targets, at = map(on_device, (tokens[:, :-1], tokens[:, 1:][scored], np.flatnonzero(scored)))
         cache = [[] for _ in model.h] if prefix else None
         with autocast:
             if prefix:
-                model.hidden(on_device([requests[group[0]][0][:prefix] for group in groups]), cache)
-                owner = on_device([g for g, group in enumerate(groups) for _ in group])
-                cache = [[t[owner] for t in past] for past in cache]        # (groups, H, S, D) to (B, H, S, D)
-            x = model.hidden(on_device(idx), cache).flatten(0, 1)[on_device(at)]        # (M, C)
+                model.hidden(on_device([requests[same[0]][0][:prefix] for same in groups]), cache)
+                owner = on_device([g for g, same in enumerate(groups) for _ in same])
+                cache = [[t[owner] for t in past] for past in cache]    # (groups, H, S, D) to (B, H, S, D)
+            x = model.hidden(idx, cache).flatten(0, 1)[at]              # (B, T, C) to (M, C)
             for h, target in zip(x.split(chunk), targets.split(chunk)):
                 logits = F.linear(h, weight).float()
                 losses.append(F.cross_entropy(logits, target, reduction="none"))
@@ -177,97 +180,36 @@ def log_likelihoods(model, requests, block_size, batch_size, autocast=nullcontex
     result = np.zeros((2, len(requests)))
     if order:
         starts = np.cumsum([0] + [len(requests[i][1]) for i in order[:-1]])
-        result[0, order] = -np.add.reduceat(torch.cat(losses).double().cpu().numpy(), starts)
+        result[0, order] = -np.add.reduceat(torch.cat(losses).cpu().double().numpy(), starts)
         result[1, order] = np.logical_and.reduceat(torch.cat(hits).cpu().numpy(), starts)
-    logp, greedy = sum_over_processes(result)
-    return logp, greedy > 0
-
-
-def sum_over_processes(values):
-    """Of an array or a number; the same on every process."""
-    total = torch.as_tensor(values, dtype=torch.float64)
     if dist.is_initialized():
-        total = total.cuda() if dist.get_backend() == "nccl" else total
+        total = torch.from_numpy(result).to(weight.device)
         dist.all_reduce(total)
-    return total.cpu().numpy()
-
-
-def text_nats(model, tokenizer, texts, block_size, batch_size, autocast=nullcontext(), what="scoring"):
-    """(nats, tokens) of whole texts, each (n,): rolling log-likelihoods, negated, and how many tokens they cover."""
-    tokens = [tokenizer.encode_ordinary(text) for text in texts]
-    windows = [rolling(t, tokenizer.eot_token, block_size) for t in tokens]
-    requests = [window for text in windows for window in text]
-    logp, _ = log_likelihoods(model, requests, block_size, batch_size, autocast, what)
-    owner = [n for n, text in enumerate(windows) for _ in text]
-    return np.bincount(owner, -logp, len(texts)), np.array([len(t) for t in tokens])
-
-
-def score(model, tokens, tokenizer, block_size, batch_size, autocast=nullcontext()):
-    """Total loss of a token stream (n,), and what to divide it by: a dict of nats, tokens, words, bytes.
-
-    Windows of block_size do not overlap; every token is predicted once, the first of the stream
-    from <|endoftext|>, and each <|endoftext|> between documents counts as a token that has no
-    bytes and no words. Raises ModelError where block_size is more than learned positions allow.
-    """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    stream = np.append(np.uint16(tokenizer.eot_token), tokens)
-    starts = np.arange(0, len(tokens), block_size)[rank::world]
-    nats = 0.0
-    for i in tqdm(range(0, len(starts), batch_size), desc="scoring", unit="batch", leave=False, disable=rank > 0):
-        nats += model.total_loss(stream, starts[i:i + batch_size], block_size, batch_size, autocast)
-    return dict(nats=float(sum_over_processes(nats)), tokens=len(tokens), words=count_words(tokens, tokenizer),
-                bytes=int(token_bytes(tokenizer)[tokens].sum()))
-
-
-def summary(counts):
-    """Loss in nats per token, perplexity, word-adjusted perplexity (total loss over words,
-    exponentiated) and bits per byte of what score returns."""
-    nats = counts["nats"]
-    return {"loss": nats / counts["tokens"], "perplexity": exp(nats / counts["tokens"]),
-            "word perplexity": exp(nats / max(1, counts["words"])),
-            "bits per byte": nats / math.log(2) / max(1, counts["bytes"])}
-
-
-def exp(x):
-    return math.inf if x > 700 else math.exp(x)
+        result = total.cpu().numpy()
+    return result[0], result[1] > 0
 
 
 # ---------------------------------------------------------------------------------------------
 # Scores
 
-METRICS = {     # task: metric: the sum of one column over that of another; of nats its exponential
-    "lambada": dict(acc=("correct", "items"), perplexity=("nats", "items")),
-    "piqa": dict(acc=("correct", "items"), acc_norm=("correct_norm", "items")),
-    "hellaswag": dict(acc=("correct", "items"), acc_norm=("correct_norm", "items")),
-    "wikitext2": dict(token_perplexity=("nats", "tokens"), word_perplexity=("nats", "words"),
-                      byte_perplexity=("nats", "bytes")),
-}
 
-
-def run_task(task, items, model, tokenizer, block_size, batch_size, autocast=nullcontext()):
-    """What each item got: columns (n,) by the names in METRICS. Raises EvalError."""
-    how = block_size, batch_size, autocast, task
-    columns = dict(items=np.ones(len(items)))
-    if task == "wikitext2":         # scored as ordinary text, divided by what the page as published holds
-        pages = [item["page"] for item in items]
-        nats, tokens = text_nats(model, tokenizer, [detokenise(page) for page in pages], *how)
-        words = np.array([len(re.split(r"\s+", page)) for page in pages])
-        return columns | dict(nats=nats, tokens=tokens, words=words, bytes=count_bytes(pages))
-    asked = [REQUESTS[task](item) for item in items]
-    requests = [encode_pair(tokenizer, context, choice) for context, choices in asked for choice in choices]
-    logp, greedy = log_likelihoods(model, requests, *how)
-    if task == "lambada":
-        return columns | dict(correct=greedy, nats=-logp)
-    logp = np.split(logp, np.cumsum([len(choices) for _, choices in asked])[:-1])       # by items
-    characters = [np.array([len(choice) - 1 for choice in choices]) for _, choices in asked]    # but the first space
-    gold = np.array([item["label"] for item in items])
-    # of equals argmax takes the first
-    return columns | dict(correct=np.array([x.argmax() for x in logp]) == gold,
-                          correct_norm=np.array([(x / n).argmax() for x, n in zip(logp, characters)]) == gold)
-
-
-def count_bytes(texts):
-    return np.array([len(text.encode("utf-8")) for text in texts])
+def run_task(kind, examples, model, tokenizer, block_size, batch_size, autocast=nullcontext(), what="task"):
+    """What each example got: columns (n,) by the names in METRICS. Raises EvalError."""
+    requests = [make_requests(kind, example, tokenizer, block_size) for example in examples]
+    logp, greedy = log_likelihoods(model, list(chain(*requests)), block_size, batch_size, autocast, what)
+    logp = np.split(logp, np.cumsum([len(own) for own in requests])[:-1])       # an array for each example
+    nats = -np.array([x.sum() for x in logp])
+    columns = dict(items=np.ones(len(examples)), nats=nats, bits=nats / math.log(2), correct=greedy)
+    if kind in ("text", "documents"):           # words and bytes are those of the text as published
+        columns["tokens"] = np.array([sum(len(continuation) for _, continuation in own) for own in requests])
+        columns["words"] = np.array([len(re.split(r"\s+", published)) for _, published in examples])
+        columns["bytes"] = np.array([len(published.encode()) for _, published in examples])
+    elif kind == "choice":      # argmax takes the first of equals; the space before an answer is no character
+        right = np.array([label for _, _, label in examples])
+        characters = [np.array([len(answer) - 1 for answer in answers]) for _, answers, _ in examples]
+        columns["correct"] = np.array([x.argmax() for x in logp]) == right
+        columns["correct_norm"] = np.array([(x / n).argmax() for x, n in zip(logp, characters)]) == right
+    return columns
 
 
 def ratio(x, w):
@@ -281,147 +223,110 @@ def ratio(x, w):
     return r, float(math.sqrt(n / (n - 1) * ((x - r * w)**2).sum()) / w.sum()) if n > 1 else math.nan
 
 
-def scores(task, columns, chosen=slice(None)):
+def scores(kind, columns, chosen=slice(None)):
     """{metric: (value, standard error)} of the chosen items, accuracies in percent.
 
     A perplexity's error is the perplexity times that of its logarithm, to first order; the harness draws
     bootstrap samples for LAMBADA's, and states none for WikiText's.
     """
     result = {}
-    for metric, (over, under) in METRICS[task].items():
-        value, error = ratio(columns[over][chosen], columns[under][chosen])
-        result[metric] = (exp(value), exp(value) * error) if over == "nats" else (100 * value, 100 * error)
+    for metric, (a, b) in METRICS[kind].items():
+        value, error = ratio(columns[a][chosen], columns[b][chosen])
+        if a == "nats":
+            value = math.exp(min(value, 700))           # a perplexity beyond 1e304 stays there
+            error *= value
+        scale = 100 if a.startswith("correct") else 1
+        result[metric] = scale * value, scale * error
     return result
 
 
-def validation_bins(data, vocab_size):
-    """({name: tokens}, meta) of a .bin, or of the validation of a data set as train.py takes them. Raises DataError."""
-    if str(data).endswith(".bin"):
-        tokens, meta = open_bin(data, vocab_size)
-        return {data: tokens}, meta
-    sources, meta = open_data(data, "val", vocab_size)
-    return {f"{name}/val.bin": np.concatenate(bins) for name, bins in sources.items()}, meta
+def leak_rows(name, task, kind, columns, leaks):
+    """A row for each metric: on all items of a task, on the clean ones, and on the leaked ("dirty") ones."""
+    dirty = np.array([(task, number) in leaks for number in range(len(columns["items"]))])
+    rows = {metric: {"checkpoint": name, "score": f"{task} {metric}"} for metric in METRICS[kind]}
+    for part, chosen in (("all", dirty | True), ("clean", ~dirty), ("dirty", dirty)):
+        for metric, value in scores(kind, columns, chosen).items():
+            rows[metric] |= {f"{part} items": int(chosen.sum()), part: value}
+    return rows.values()
 
 
-def text_documents(path):
-    """The documents of a bin, or of any file that prepare.py reads, as texts. Raises DataError."""
-    if not path.endswith(".bin"):
-        return texts(path)
-    tokens, meta = open_bin(path)
-    tokenizer = get_tokenizer(meta["tokenizer"])
-    return (tokenizer.decode(document.tolist()) for document in bin_documents(tokens, tokenizer.eot_token))
+def score(tokens, model, tokenizer, block_size, batch_size, autocast=nullcontext()):
+    """Loss in nats per token, perplexity per token and word, bits per byte of a token stream (n,).
+
+    Windows of block_size do not overlap. Each token is predicted once, the first from <|endoftext|>; an
+    <|endoftext|> between documents is a token without bytes and words.
+    """
+    stream = np.append(np.uint16(tokenizer.eot_token), tokens)
+    starts = range(0, len(tokens), block_size)
+    windows = [([int(stream[i])], stream[i + 1:i + block_size + 1]) for i in starts]
+    nats = -float(log_likelihoods(model, windows, block_size, batch_size, autocast)[0].sum())
+    words, size = max(1, count_words(tokens, tokenizer)), max(1, int(token_bytes(tokenizer)[tokens].sum()))
+    return {"tokens": len(tokens), "loss": nats / len(tokens), "perplexity": math.exp(nats / len(tokens)),
+            "word perplexity": math.exp(min(nats / words, 700)), "bits per byte": nats / math.log(2) / size}
 
 
-def bin_documents(tokens, eot, size=2**22, overlap=256):
-    """The documents of a token stream (n,), read `size` tokens at a time; a longer one comes in pieces,
-    each of which begins `overlap` tokens before the last one's end."""
-    start = 0
-    while start < len(tokens):
-        part = np.asarray(tokens[start:start + size])
-        last = start + len(part) == len(tokens)
-        ends = np.flatnonzero(part == eot)
-        if last or not len(ends):
-            ends = np.append(ends, len(part))
-        for a, b in zip([0, *(ends[:-1] + 1)], ends):
-            if a < b:
-                yield part[a:b]
-        start = len(tokens) if last else start + (ends[-1] + 1 if ends[-1] < len(part) else size - overlap)
+def bin_texts(tokens, meta, size=2**22, overlap=256):
+    """The documents of a bin (n,) as texts. One of more than `size` tokens comes in pieces, each of which
+    begins `overlap` tokens before the last one's end."""
+    tokens, tokenizer, start = np.asarray(tokens), get_tokenizer(meta["tokenizer"]), 0
+    eot = tokenizer.eot_token
+    ends = [i + np.flatnonzero(tokens[i:i + size] == eot) for i in range(0, len(tokens), size)]
+    for end in tqdm(np.concatenate([*ends, [len(tokens)]]), desc="reading", unit="doc", delay=3, leave=False):
+        for i in range(start, end, size - overlap):
+            yield tokenizer.decode(tokens[i:min(i + size, end)].tolist())
+        start = end + 1
 
 
 def audit(data, tasks, folder):
-    """{(task, number of the item): an excerpt} of the test items that share a 13-gram with the training bins of data.
-
-    Holds the test items in memory, and the documents one at a time. Raises DataError.
-    """
+    """{(task, number of the item): an excerpt} of the test items that share a 13-gram with a document of the
+    training bins of data. Raises DataError."""
     sources, meta = open_data(data, "train")
-    tokenizer = get_tokenizer(meta["tokenizer"])
     grams, found = test_grams(tasks, folder), {}
-    for tokens in sum(sources.values(), []):
-        with tqdm(total=len(tokens), desc=f"auditing {data}", unit="tok", unit_scale=True, leave=False) as bar:
-            for document in bin_documents(tokens, tokenizer.eot_token):
-                text = tokenizer.decode(document.tolist())
-                for start, end, gram in grams.find(text):
-                    for item in grams.grams[gram]:
-                        found.setdefault(item, text[max(0, start - 40):end + 40])
-                bar.update(len(document))
+    for text in chain(*(bin_texts(tokens, meta) for tokens in chain(*sources.values()))):
+        for start, end, gram in grams.find(text):
+            for item in grams.grams[gram]:
+                found.setdefault(item, text[max(0, start - 40):end + 40])
     return found
 
 
 # ---------------------------------------------------------------------------------------------
-# The tables
+# The command line
 
-QUOTED = [      # what has been published of OpenAI's models; none of it is measured here
-    {"checkpoint": "GPT-2 large (quoted)", "lambada acc": 47.6, "lambada perplexity": 12.97, "piqa acc": 70.3,
-     "hellaswag acc": 36.40, "Pile CC": 0.9582, "OpenWebText2": 0.9539, "Wikipedia": 0.9795, "ArXiv": 1.1778,
-     "BookCorpus2": 1.0061},
-    {"checkpoint": "GPT-2 XL (quoted)", "lambada acc": 51.21, "lambada perplexity": 10.63, "piqa acc": 70.78,
-     "hellaswag acc": 40.03, "Pile CC": 0.9355, "OpenWebText2": 0.9171, "Wikipedia": 0.9655, "ArXiv": 1.1381,
-     "BookCorpus2": 0.9783},
-]
-
-
-def markdown(rows):
-    """Rows (dicts; the first one's keys are the columns) as a table in Markdown."""
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *([cell(row.get(key)) for key in rows[0]] for row in rows)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+WHO = "checkpoint", "parameters", "context", "trained on", "FLOPs"          # the first columns of a row
+QUOTED = [dict(zip(("checkpoint", "lambada acc", "lambada perplexity", "piqa acc", "hellaswag acc", "Pile CC",
+                    "OpenWebText2", "Wikipedia", "ArXiv", "BookCorpus2"), row)) for row in (
+    # published results of OpenAI's models; none of it is measured here
+    ("GPT-2 large (quoted)", 47.6, 12.97, 70.3, 36.40, 0.9582, 0.9539, 0.9795, 1.1778, 1.0061),
+    ("GPT-2 XL (quoted)", 51.21, 10.63, 70.78, 40.03, 0.9355, 0.9171, 0.9655, 1.1381, 0.9783))]
 
 
 def cell(value):
     """A pair is a value and its standard error."""
-    if value is None or isinstance(value, tuple) and math.isnan(value[0]):
-        return ""                       # nothing was measured
     if isinstance(value, tuple):
-        return f"{cell(value[0])} ± {value[1]:.{4 if value[0] < 10 else 2}f}"
+        return "" if math.isnan(value[0]) else f"{cell(value[0])} ± {value[1]:.2g}"
     if isinstance(value, float):
-        return f"{value:.4f}" if value < 10 else f"{value:.2f}" if value < 1e9 else f"{value:.2e}"
-    return f"{value:,}" if isinstance(value, int) else value
+        return f"{value:.5g}"
+    return f"{value:,}" if isinstance(value, int) else value or ""
 
 
-def report(tables, items, leaks):
-    """What was measured, and beside it what has been published, as Markdown."""
-    text = []
-    for rows in filter(None, tables.values()):
-        text.append(markdown(rows + [row for row in QUOTED if row.keys() & rows[0].keys() > {"checkpoint"}]))
-    if items:
-        text.append("zero-shot, ± standard error; items: " + ", ".join(f"{task} {n:,}" for task, n in items.items()))
-    for task in items:
-        found = [(number, excerpt) for (of, number), excerpt in sorted(leaks.items()) if of == task]
-        text += [f"leaked, {task} {number}: ... {' '.join(excerpt.split())} ..." for number, excerpt in found[:3]]
-    return "\n".join(text)
-
-
-def write_json(path, values):
-    """Replaces path only when all is written; what is no number in JSON becomes null."""
-    values = json.loads(json.dumps(values), parse_constant=lambda _: None)
-    write_whole(Path(path), json.dumps(values, indent=1))
-
-
-def leak_rows(name, task, columns, leaks):
-    """A row for each metric of a task: on all items, on those that are clean and on those that are not."""
-    dirty = np.array([(task, number) in leaks for number in range(len(columns["items"]))])
-    parts = {"all": dirty | True, "clean": ~dirty, "dirty": dirty}
-    values = {part: scores(task, columns, chosen) for part, chosen in parts.items()}
-    counts = {f"{part} items": int(chosen.sum()) for part, chosen in parts.items()}
-    return [{"checkpoint": name, "score": f"{task} {metric}", **counts,
-             **{part: values[part][metric] for part in parts}} for metric in METRICS[task]]
-
-
-def bits_per_byte(texts, model, tokenizer, *how):
-    """(bits per byte of the texts, standard error)."""
-    nats, _ = text_nats(model, tokenizer, texts, *how)
-    return ratio(nats / math.log(2), count_bytes(texts))
+def markdown(rows):
+    """Rows (dicts) as a table, and under them the quoted rows that have one of its scores."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    rows = rows + [row for row in QUOTED if row.keys() & set(columns) > {"checkpoint"}]
+    lines = [columns, ["---"] * len(columns), *([cell(row.get(key)) for key in columns] for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def parse(argv):
+    """The arguments, checked as far as they can be without opening anything. Raises EvalError."""
     parser = Parser(__doc__)
     parser.add_argument("--ckpt", nargs="+", required=True, help="one row of the tables each")
-    parser.add_argument("--tasks", nargs="+", default=list(TEST_SETS), metavar="TASK",
-                        help=f"of {', '.join(TEST_SETS)} (default: all), or none")
-    parser.add_argument("--eval_data", metavar="DIR", help="where the test sets lie; default: downloaded")
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), help=f"of {', '.join(TASKS)}; or none")
+    parser.add_argument("--eval_data", metavar="DIR", help="folder of the test sets; default: downloaded")
     parser.add_argument("--limit", type=int, metavar="N", help="the first N items of each task")
-    parser.add_argument("--data", metavar="DATA", help="a bin or data set to score, or none; default: the run's own")
-    parser.add_argument("--bpb", nargs="+", default=[], metavar="NAME=FILE", help="bits per byte of these documents")
-    parser.add_argument("--max_docs", type=int, default=3000, help="of each of these files (default 3000)")
+    parser.add_argument("--data", help="a bin or data set to score, or none; default: the run's own")
+    parser.add_argument("--bpb", nargs="+", default=[], metavar="NAME=SOURCE", help="bits per byte of texts")
+    parser.add_argument("--max_docs", type=int, default=3000, help="of each of these sources (default 3000)")
     parser.add_argument("--audit", metavar="DATA", help="a data set whose training bins may hold test items")
     parser.add_argument("--out", metavar="FILE.json", help="all that was measured, with each file's sha256")
     parser.add_argument("--block_size", type=int, metavar="T", help="context; default: the model's")
@@ -434,23 +339,109 @@ def parse(argv):
     parser.add_argument("--top_p", type=float, help="sample among the fewest tokens of this probability")
     parser.add_argument("--seed", type=int, default=1337)
     args = parser.parse_args(argv)
+    bounds = dict(temperature=(0, 1e6), top_p=(1e-6, 1), seed=(0, 2**63 - 1))
     for key in ("limit", "max_docs", "block_size", "batch_size", "max_new_tokens", "top_k"):
-        if getattr(args, key) is not None and getattr(args, key) < 1:
-            raise EvalError(f"--{key}={getattr(args, key)}: expected at least 1")
-    if args.temperature < 0:
-        raise EvalError(f"--temperature={args.temperature}: expected at least 0")
-    if args.top_p is not None and not 0 < args.top_p <= 1:
-        raise EvalError(f"--top_p={args.top_p}: expected more than 0 and at most 1")
-    args.tasks = [] if args.tasks == ["none"] or args.prompt is not None else args.tasks
+        bounds[key] = 1, 2**31 - 1
+    for key, (low, high) in bounds.items():
+        value = getattr(args, key)
+        if value is not None and not low <= value <= high:
+            raise EvalError(f"--{key}={value}: expected {low} to {high}")
+    if args.prompt == "":
+        raise EvalError("--prompt: expected some text to continue")
+    args.tasks = [] if args.tasks == ["none"] else ",".join(args.tasks).split(",")
     for task in args.tasks:
-        if task not in TEST_SETS:
-            raise EvalError(f"--tasks {task}: expected some of {', '.join(TEST_SETS)}, or none")
-    if args.audit and not args.tasks:
-        raise EvalError(f"--audit {args.audit}: there are no test items to look for with --tasks none")
+        if task not in TASKS:
+            raise EvalError(f"--tasks {task}: expected some of {', '.join(TASKS)}, or none")
+    names = {*WHO, *TASKS}                  # that are taken
     for word in args.bpb:
-        if not all(word.partition("=")):
-            raise EvalError(f"--bpb {word}: expected NAME=FILE")
+        name, _, source = word.partition("=")
+        if not source or name in ("", *names):
+            raise EvalError(f"--bpb {word}: expected NAME=SOURCE, with a name of its own")
+        names.add(name)
+    if args.out:
+        open(args.out, "a").close()         # what cannot be written fails here
     return args
+
+
+def continue_text(args, device, autocast):
+    """Prints what each checkpoint makes of the prompt. Raises ModelError, EvalError."""
+    for name in args.ckpt:
+        model, meta = load(name, device)
+        tokenizer = get_tokenizer(meta["tokenizer"])
+        idx = torch.tensor([tokenizer.encode_ordinary(args.prompt)], device=device)         # (1, T)
+        if idx.size(1) > model.config.block_size:
+            raise EvalError(f"--prompt: {idx.size(1)} tokens, {name} reads at most {model.config.block_size}")
+        rng = torch.Generator(device).manual_seed(args.seed)
+        with autocast:
+            idx = model.generate(idx, args.max_new_tokens, args.temperature, args.top_k, rng, args.top_p)
+        print(tokenizer.decode(idx[0].tolist()))
+
+
+def make_plan(args):
+    """(subjects, leaks, sha256 of the files). What can be refused is refused here, before the first batch.
+
+    A subject is (first columns of its rows, tokenizer, block_size, {path: tokens} of its own data, jobs); a
+    job is (table, name, kind, examples). Raises ModelError, DataError, EvalError.
+    """
+    subjects, jobs, files = [], [], []
+    for name in args.ckpt:
+        model, meta = load(name)
+        tokenizer, config = get_tokenizer(meta["tokenizer"]), model.config
+        block_size = args.block_size or config.block_size
+        if config.pos == "learned" and block_size > config.block_size:
+            raise EvalError(f"--block_size={block_size}: {name}'s positions end at {config.block_size}")
+        data, bins, of_bins = args.data or meta.get("data", "none"), {}, meta
+        try:
+            if str(data).endswith(".bin"):
+                bins[data], of_bins = open_bin(data, config.vocab_size)
+            elif data != "none":
+                sources, of_bins = open_data(data, "val", config.vocab_size)
+                bins = {f"{folder}/val.bin": np.concatenate(parts) for folder, parts in sources.items()}
+        except NoBin:
+            if args.data:
+                raise
+            print(f"eval.py: {name}: its own data, {data}, is not here; --data names other", file=sys.stderr)
+        if of_bins["tokenizer"] != meta["tokenizer"]:
+            raise EvalError(f"{data}: {of_bins['tokenizer']} tokens, but {name} reads {meta['tokenizer']}")
+        runs = [meta, *meta.get("lineage", [])]         # its own and its ancestors'
+        tokens, flops = (sum(run.get(key, 0) for run in runs) for key in ("tokens", "flops"))
+        who = dict(zip(WHO, (name, model.num_params(), block_size, tokens, float(flops) or None)))
+        subjects.append((who, tokenizer, block_size, bins, []))
+
+    for task in args.tasks:
+        function, kind = TASKS[task]
+        try:
+            if task in TEST_SETS:
+                paths, items = test_files(task, args.eval_data), test_items(task, args.eval_data)
+            else:
+                paths = [Path(args.eval_data or "data/raw/eval") / f"{task}.jsonl"]
+                items = map(json.loads, paths[0].read_text().splitlines())
+            jobs.append(("tasks", task, kind, [function(item) for item in islice(items, args.limit)]))
+            files += map(str, paths)
+        except (OSError, ValueError) as e:              # a DataError is a ValueError
+            print(f"eval.py: {task} is left out: {e}", file=sys.stderr)
+    audited = tuple(task for _, task, _, _ in jobs if task in TEST_SETS)
+    if args.audit and not audited:
+        raise EvalError(f"--audit {args.audit}: there are no test items to look for")
+    for name, source in (word.split("=", 1) for word in args.bpb):
+        found = bin_texts(*open_bin(source)) if source.endswith(".bin") else texts(source)
+        examples = [(text, text) for text in islice(found, args.max_docs)]
+        jobs.append(("bits per byte", name, "documents", examples))
+        files.append(source)
+
+    for who, tokenizer, block_size, bins, own in subjects:
+        for table, name, kind, examples in jobs:
+            requests = chain(*(make_requests(kind, example, tokenizer, block_size) for example in examples))
+            longest = max((len(continuation) for _, continuation in requests), default=0)
+            if 0 < longest <= block_size:
+                own.append((table, name, kind, examples))
+            else:
+                print(f"eval.py: {who['checkpoint']}: {name} is left out: an answer of {longest} tokens, "
+                      f"expected 1 to block_size={block_size}", file=sys.stderr)
+        if not own and not bins:
+            raise EvalError(f"{who['checkpoint']}: nothing to score; name a bin or data set with --data")
+    leaks = audit(args.audit, audited, args.eval_data) if args.audit else {}
+    return subjects, leaks, {file: sha256_of(file) for file in files if os.path.isfile(file)}
 
 
 def main(argv):
@@ -458,97 +449,68 @@ def main(argv):
     # one process, or one of torchrun's
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    autocast = torch.autocast(device, torch.bfloat16, enabled=args.dtype == "bfloat16")
+    batch_size = args.batch_size or (64 if device == "cuda" else 8)
+    if args.prompt:
+        return continue_text(args, device, autocast) if rank == 0 else None
     if "RANK" in os.environ:
         if device == "cuda":
             torch.cuda.set_device(local_rank)
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
-    batch_size = args.batch_size or (64 if device == "cuda" else 8)
-    autocast = torch.autocast(device, torch.bfloat16, enabled=args.dtype == "bfloat16")
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(days=7))
+    plan = [make_plan(args) if rank == 0 else None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(plan)
+    subjects, leaks, sha256 = plan[0]
 
-    # what to score
+    tables = {name: [] for name in ("tasks", "leaks", "bits per byte", "own data")}
+    items = {name: len(examples) for *_, jobs in subjects for _, name, _, examples in jobs if name in TASKS}
+    report = dict(tables=tables, items=items, dtype=args.dtype, quoted=QUOTED, sha256=sha256,
+                  leaked=[[*item, excerpt] for item, excerpt in sorted(leaks.items())])
+
+    def save():         # after each measurement, so that none is lost
+        if args.out and rank == 0:
+            values = json.loads(json.dumps(report), parse_constant=lambda _: None)      # JSON has no NaN
+            write_whole(Path(args.out), json.dumps(values, indent=1))
+
     try:
-        if rank:
-            dist.barrier()      # the first process downloads
-        files = [str(path) for task in args.tasks for path in test_files(task, args.eval_data)]
-        if dist.is_initialized() and not rank:
-            dist.barrier()
-    except DataError as e:
-        raise EvalError(f"{e}; --tasks none does without test sets") from None
-    items = {task: list(islice(test_items(task, args.eval_data), args.limit)) for task in args.tasks}
-    components = dict(word.split("=", 1) for word in args.bpb)
-    samples = {name: list(islice(text_documents(file), args.max_docs)) for name, file in components.items()}
-    leaks = audit(args.audit, args.tasks, args.eval_data) if args.audit else {}
-
-    tables = {"tasks": [], "leaks": [], "bits per byte": [], "own data": []}
-    try:
-        for name in args.ckpt:
-            model, meta = open_checkpoint(name, device)
-            tokenizer = get_tokenizer(meta["tokenizer"])
-            block_size = args.block_size or model.config.block_size
-            if tokenizer.n_vocab > model.config.vocab_size:
-                raise EvalError(f"{name}: a vocabulary of {model.config.vocab_size}, too small for "
-                                f"{meta['tokenizer']} tokens")
-            if model.config.pos == "learned" and block_size > model.config.block_size:
-                raise EvalError(f"--block_size={block_size}: {name}'s learned positions end at "
-                                f"block_size={model.config.block_size}")
-            if args.prompt is not None:
-                idx = tokenizer.encode_ordinary(args.prompt) or [tokenizer.eot_token]
-                generator = torch.Generator(device).manual_seed(args.seed)
-                with autocast:
-                    idx = model.generate(torch.tensor([idx], device=device), args.max_new_tokens, args.temperature,
-                                         args.top_k, generator, args.top_p)
-                print(tokenizer.decode(idx[0].tolist()))
-                continue
-
-            runs = [meta, *meta.get("lineage", [])]     # its own and its ancestors'
-            who = {"checkpoint": name, "parameters": model.num_params(), "context": block_size,
-                   "trained on": sum(run.get("tokens", 0) for run in runs),
-                   "FLOPs": float(sum(run.get("flops", 0) for run in runs)) or None}
-            how = model, tokenizer, block_size, batch_size, autocast
-            results = {task: run_task(task, items[task], *how) for task in args.tasks}
-            if results:
-                tables["tasks"].append(who | {f"{task} {metric}": value for task, columns in results.items()
-                                              for metric, value in scores(task, columns).items()})
-            if args.audit:
-                tables["leaks"] += [row for task in results for row in leak_rows(name, task, results[task], leaks)]
-            if samples:
-                tables["bits per byte"].append(who | {part: bits_per_byte(documents, *how, part)
-                                                      for part, documents in samples.items()})
-            data = None if args.data == "none" else args.data or meta.get("data")
-            if not data and not (results or samples):
-                raise EvalError(f"{name}: says nothing of its own data; name some with --data")
-            try:
-                bins, bin_meta = validation_bins(data, model.config.vocab_size) if data else ({}, meta)
-            except NoBin:
-                if args.data or not (results or samples):
-                    raise
-                bins, bin_meta = {}, meta
-            if not bins and args.data != "none" and rank == 0:
-                print(f"{name}: its own data ({data or 'none named'}) is not here; --data names other")
-            if bin_meta["tokenizer"] != meta["tokenizer"]:
-                raise EvalError(f"{data}: holds {bin_meta['tokenizer']} tokens, but {name} reads {meta['tokenizer']} "
-                                "tokens")
+        for who, tokenizer, block_size, bins, jobs in subjects:
+            model, _ = load(who["checkpoint"], device)
+            how, rows = (model, tokenizer, block_size, batch_size, autocast), {}
+            for table, name, kind, examples in jobs:
+                if table not in rows:
+                    rows[table] = dict(who)
+                    tables[table].append(rows[table])
+                columns = run_task(kind, examples, *how, name)
+                for metric, value in scores(kind, columns).items():
+                    rows[table][f"{name} {metric}".strip()] = value
+                if args.audit and name in TEST_SETS:
+                    tables["leaks"] += leak_rows(who["checkpoint"], name, kind, columns, leaks)
+                save()
             for path, tokens in bins.items():
-                counts = score(model, tokens, tokenizer, block_size, batch_size, autocast)
-                tables["own data"].append(who | dict(data=path, tokens=counts["tokens"]) | summary(counts))
+                tables["own data"].append(who | dict(data=path) | score(tokens, *how))
+                save()
     finally:            # an error at one checkpoint does not lose the others
-        if rank == 0 and any(tables.values()):
-            n_items = {task: len(items[task]) for task in items}
-            print(report(tables, n_items, leaks))
-            if args.out:
-                write_json(args.out, dict(
-                    tables=tables, items=n_items, dtype=args.dtype, quoted=QUOTED,
-                    sha256={file: sha256_of(file) for file in (*files, *components.values())},
-                    leaked=[[*item, excerpt] for item, excerpt in sorted(leaks.items())]))
+        if rank == 0:
+            for rows in filter(None, tables.values()):
+                print(markdown(rows))
+            if items:
+                counts = ", ".join(f"{task} {n:,}" for task, n in items.items())
+                print(f"zero-shot, ± standard error; items: {counts}")
+            for task, number, excerpt in report["leaked"][:10]:
+                print(f"leaked, {task} {number}: ... {' '.join(excerpt.split())} ...")
+            sys.stdout.flush()
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
-        sys.stdout.flush()
         os._exit(0)         # as in train.py: gloo's threads can abort Python's own end
 
 
 if __name__ == "__main__":
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="replace")        # an ASCII console has no ±
     try:
         main(sys.argv[1:])
+    except BrokenPipeError:     # the reader has gone
+        os._exit(1)
     except (EvalError, DataError, ModelError, OSError) as e:
         sys.exit(f"eval.py: {e}" if os.environ.get("RANK", "0") == "0" else 1)

@@ -1,6 +1,8 @@
+"""eval.py by its functions and its command line, against Hugging Face's logits and hand-worked cases."""
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 
@@ -13,16 +15,59 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import eval as e
 import model as m
 from model import GPT, GPTConfig
-from prepare import get_tokenizer
+from prepare import DataError, get_tokenizer
+
+EVAL = e.__file__
 
 DOCUMENTS = ["one  two\nthree\t", "", "ünï \u00a0 → 🎉\x1f四"]     # 3, 0 and 4 words by str.split
 STREAM = np.array([t for text in DOCUMENTS for t in (*text.encode(), 256)], dtype=np.uint16)
+ITEMS = {       # in the layout of --eval_data
+    "lambada/lambada_test.jsonl": [{"text": f"{n} letters come before x {x}"} for n, x in enumerate("abcdef")] + [
+        {"text": "the old man of the sea told a long tale about the very last white whale"}],
+    "piqa/valid.jsonl": [dict(goal=f"goal {n}", sol1="cut it", sol2="glue it together") for n in range(5)],
+    "piqa/valid-labels.lst": [0, 1, 1, 0, 1],
+    "hellaswag/hellaswag_val.jsonl": [dict(activity_label="Tea", ctx_a="A man drinks.", ctx_b="he", label=n % 4,
+                                           endings=["drinks tea", "is a cup", "flies", "sings and sings"])
+                                      for n in range(6)],
+    "arc.jsonl": [dict(question="What falls?", answers=["rain", "the sky"], label=n % 2) for n in range(3)],
+}
+PAGES = " \n = First = \n \n A page , with words . \n = = Part = = \n more \n = Second = \n \n Last words . \n"
 
 
-def hugging_face(n_positions=16):
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, tiny_data):
+    """(folder, Hugging Face model): data/tiny, test sets, out/a.pt, which is that model, and out/b.pt with ALiBi."""
+    root = tmp_path_factory.mktemp("eval")
+    shutil.copytree(tiny_data, root / "data/tiny")
     torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=257, n_positions=n_positions, n_embd=32, n_layer=2, n_head=4,
-                                      initializer_range=0.3)).eval()
+    hf = GPT2LMHeadModel(GPT2Config(vocab_size=257, n_positions=64, n_embd=32, n_layer=2, n_head=4,
+                                    initializer_range=0.3)).eval()
+    hf.save_pretrained(root / "hf")
+    model = GPT.from_pretrained(str(root / "hf"))
+    m.save(str(root / "out/a.pt"), model, tokenizer="bytes", data="data/tiny", tokens=5_000_000)
+    alibi = GPT(GPTConfig(block_size=16, vocab_size=257, n_layer=1, n_head=2, n_embd=16, pos="alibi", bias=False))
+    m.save(str(root / "out/b.pt"), alibi, tokenizer="bytes", data="data/gone", tokens=1_000_000, flops=2 * 10**15,
+           lineage=[{"from": "out/a.pt", "tokens": 5_000_000, "flops": 5 * 10**15},
+                    {"from": "out/a-init.pt", "tokens": 0}])
+    for name, rows in ITEMS.items():
+        (root / "sets" / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / "sets" / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (root / "sets/wikitext-2").mkdir()
+    (root / "sets/wikitext-2/test.txt").write_text(PAGES)
+    (root / "texts").mkdir()
+    (root / "texts/x.jsonl").write_text("".join(json.dumps(dict(text=text)) + "\n" for text in ("ab ü", "cd", "no")))
+    return root, hf
+
+
+@pytest.fixture
+def scored(place, monkeypatch, capsys):
+    """scored("--tasks", ...) of out/a.pt: (what --out holds, standard output, standard error)."""
+    monkeypatch.chdir(place[0])
+
+    def scored(*words, ckpt=("out/a.pt",)):
+        e.main(["--ckpt", *ckpt, "--eval_data", "sets", "--out", "scores.json", *map(str, words)])
+        return json.loads((place[0] / "scores.json").read_text()), *capsys.readouterr()
+    return scored
 
 
 def nats_by_hand(hf, tokens, block_size):
@@ -36,79 +81,243 @@ def nats_by_hand(hf, tokens, block_size):
     return total
 
 
-@pytest.mark.parametrize("block_size, batch_size", [(16, 8), (5, 2), (1, 3)])
-def test_score_is_hugging_faces_sum_over_every_token(block_size, batch_size, tmp_path):
-    hf = hugging_face()
-    hf.save_pretrained(tmp_path)
-    counts = e.score(GPT.from_pretrained(str(tmp_path)), STREAM, get_tokenizer("bytes"), block_size, batch_size)
-    nats = nats_by_hand(hf, STREAM, block_size)
-    assert counts["nats"] == pytest.approx(nats, rel=1e-5)
-    assert (counts["tokens"], counts["bytes"], counts["words"]) == (len(STREAM), len(STREAM) - 3, 7)
+def nats_of(hf, text, start=0):
+    """Of the bytes of text from `start` on, by their logits, as one window behind <|endoftext|>."""
+    tokens = torch.tensor([256, *text.encode()])
+    with torch.no_grad():
+        logits = hf(tokens[None, -65:-1]).logits[0].double()
+    losses = F.cross_entropy(logits, tokens[-64:] if len(tokens) > 64 else tokens[1:], reduction="none")
+    return losses[start - len(text.encode()) if start else 0:].sum().item()
 
-    row = e.summary(counts)
+
+@pytest.mark.parametrize("block_size, batch_size", [(16, 8), (5, 2), (1, 3)])
+def test_own_data_is_hugging_faces_loss_of_every_token(block_size, batch_size, place):
+    root, hf = place
+    row = e.score(STREAM, m.load(str(root / "out/a.pt"))[0], get_tokenizer("bytes"), block_size, batch_size)
+    nats = nats_by_hand(hf, STREAM, block_size)
+    assert row["tokens"] == len(STREAM)
     assert row["loss"] == pytest.approx(nats / len(STREAM), rel=1e-5)
     assert row["perplexity"] == pytest.approx(math.exp(nats / len(STREAM)), rel=1e-4)
     assert row["word perplexity"] == pytest.approx(math.exp(nats / 7), rel=1e-2)
     assert row["bits per byte"] == pytest.approx(nats / math.log(2) / (len(STREAM) - 3), rel=1e-5)
 
 
-def test_an_untrained_model_costs_log2_of_the_vocabulary_per_token():
-    model = GPT(GPTConfig(block_size=8, vocab_size=257, n_layer=1, n_head=1, n_embd=8, pos="alibi"))
-    torch.nn.init.zeros_(model.wte.weight)
-    counts = e.score(model, STREAM, get_tokenizer("bytes"), 8, 4)
-    assert counts["nats"] == pytest.approx(len(STREAM) * math.log(257), rel=1e-6)
+def test_every_table(scored, place):
+    """PIQA, WikiText-2 and documents by hand, with Hugging Face's logits."""
+    root, hf = place
+    report, printed, _ = scored("--bpb", "my x=texts/x.jsonl", "pattern=texts/*.jsonl", "folder=texts", "--max_docs", 2)
+    assert report["items"] == dict(lambada=7, piqa=5, hellaswag=6, wikitext2=2)
+    (row,) = report["tables"]["tasks"]
+    gains = [[-nats_of(hf, f"Question: goal {n}\nAnswer: {sol}", len(f"Question: goal {n}\nAnswer:"))
+              for sol in ("cut it", "glue it together")] for n in range(5)]
+    labels = np.array([0, 1, 1, 0, 1])
+    for metric, right in (("piqa acc", np.argmax(gains, 1) == labels),
+                          ("piqa acc_norm", np.argmax(np.array(gains) / [6, 16], 1) == labels)):
+        assert row[metric] == pytest.approx([100 * right.mean(), 100 * right.std(ddof=1) / math.sqrt(5)])
+    pages = [" = First = \n \n A page , with words . \n = = Part = = \n more ", " = Second = \n \n Last words . \n"]
+    plain = [" = First =\n\nA page, with words.\n== Part ==\nmore ", " = Second =\n\nLast words.\n"]
+    nats = sum(nats_of(hf, text) for text in plain)
+    assert row["wikitext2 byte_perplexity"][0] == pytest.approx(math.exp(nats / len("".join(pages))), rel=1e-4)
+    assert row["wikitext2 token_perplexity"][0] == pytest.approx(math.exp(nats / len("".join(plain))), rel=1e-4)
+    nats = nats_of(hf, "ab ü") + nats_of(hf, "cd")
+    (row,) = report["tables"]["bits per byte"]
+    for name in ("my x", "pattern", "folder"):
+        assert row[name][0] == pytest.approx(nats / math.log(2) / 7, rel=1e-4)
+    (row,) = report["tables"]["own data"]
+    tokens = np.fromfile(root / "data/tiny/val.bin", "<u2")
+    assert row["data"] == "data/tiny/val.bin"
+    assert row["loss"] == pytest.approx(nats_by_hand(hf, tokens, 64) / len(tokens), rel=1e-5)
+    for text in ("GPT-2 XL (quoted)", "12.97", "40.03", "items: lambada 7, piqa 5"):
+        assert text in printed
 
 
-def columns(stdout):
-    """The rows of the printed table as dicts."""
-    lines = [[cell.strip() for cell in line.strip("|\n ").split("|")]
-             for line in stdout.splitlines() if line.startswith("|")]
-    return [dict(zip(lines[0], row, strict=True)) for row in lines[2:]]
+def test_several_checkpoints_with_their_ancestors_cost(scored):
+    report, printed, noted = scored("--tasks", "lambada,piqa", "hellaswag", "--limit", 2, "--block_size", 48,
+                                    ckpt=("out/a.pt", "out/b.pt"))
+    a, b = report["tables"]["tasks"]
+    assert (a["checkpoint"], b["checkpoint"], a["context"]) == ("out/a.pt", "out/b.pt", 48)
+    assert (a["trained on"], b["trained on"]) == (5_000_000, 6_000_000)
+    assert (a["FLOPs"], b["FLOPs"]) == (None, 7e15)
+    assert {"lambada acc", "piqa acc", "hellaswag acc"} <= b.keys()
+    assert len(report["tables"]["own data"]) == 1 and "data/gone" in noted      # b's own is not here
+    assert "| out/b.pt |" in printed
 
 
-@pytest.fixture
-def checkpoints(workspace):
-    """Two checkpoints in workspace/out whose own data is data/tiny; a.pt is a Hugging Face model."""
-    hf = hugging_face(64)
-    hf.save_pretrained(workspace / "hf")
-    model = GPT.from_pretrained(str(workspace / "hf"))
-    m.save(str(workspace / "out/a.pt"), model, tokenizer="bytes", data="data/tiny", tokens=5_000_000)
-    alibi = GPT(GPTConfig(block_size=16, vocab_size=257, n_layer=1, n_head=2, n_embd=16, pos="alibi"))
-    m.save(str(workspace / "out/b.pt"), alibi, tokenizer="bytes", data="data/tiny", tokens=1_000_000, flops=2 * 10**15,
-           lineage=[{"from": "out/a.pt", "tokens": 5_000_000, "flops": 5 * 10**15},
-                    {"from": "out/a-init.pt", "tokens": 0}])
-    return workspace, hf
+def test_processes_share_the_items(scored, place):
+    ckpt = "out/a.pt", "out/b.pt"
+    one, *_ = scored("--data", "data/tiny/val.bin", "--block_size", 64, "--limit", 4, ckpt=ckpt)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", EVAL,
+               "--ckpt", *ckpt, "--data", "data/tiny/val.bin", "--block_size=64", "--limit=4", "--eval_data=sets",
+               "--out=two.json"]
+    two = subprocess.run(command, cwd=place[0], capture_output=True, text=True, timeout=300)
+    assert two.returncode == 0, two.stderr
+    two = json.loads((place[0] / "two.json").read_text())
+    for table in ("tasks", "own data"):
+        for mine, theirs in zip(one["tables"][table], two["tables"][table], strict=True):
+            assert mine == {key: pytest.approx(value, rel=1e-6) if isinstance(value, (float, list)) else value
+                            for key, value in theirs.items()}
 
 
-def test_the_table(checkpoints, run):
-    workspace, hf = checkpoints
-    result = run("eval.py", "--ckpt", "out/a.pt", "out/b.pt", "--tasks", "none", "--block_size", 48, cwd=workspace)
-    assert result.returncode == 0, result.stderr
-    a, b = columns(result.stdout)
-    tokens = np.fromfile(workspace / "data/tiny/val.bin", dtype="<u2")
-    counts = json.loads((workspace / "data/tiny/meta.json").read_text())["splits"]["val"]
-    nats = nats_by_hand(hf, tokens, 48)
-    words = sum(len(bytes(d.astype(np.uint8)).decode().split())
-                for d in np.split(tokens[:-1], np.flatnonzero(tokens[:-1] == 256)) for d in [d[d < 256]])
-    assert a["checkpoint"] == "out/a.pt" and a["context"] == "48" and a["tokens"] == f"{counts['tokens']:,}"
-    assert float(a["loss"]) == pytest.approx(nats / counts["tokens"], abs=1e-4)
-    assert float(a["perplexity"]) == pytest.approx(math.exp(nats / counts["tokens"]), abs=0.02)
-    assert float(a["word perplexity"]) == pytest.approx(math.exp(nats / words), rel=1e-3)
-    assert float(a["bits per byte"]) == pytest.approx(nats / math.log(2) / counts["bytes"], abs=1e-4)
-    assert (a["trained on"], b["trained on"]) == ("5,000,000", "6,000,000")       # with its ancestors'
-    assert (a["FLOPs"], b["FLOPs"]) == ("", "7.00e+15")
-    assert b["checkpoint"] == "out/b.pt" and float(b["loss"]) == pytest.approx(math.log(257), abs=0.1)
-
-    other = run("eval.py", "--ckpt", "out/a.pt", "--data", "data/tiny/train.bin", "--tasks", "none", cwd=workspace)
-    row = columns(other.stdout)[0]
-    assert row["context"] == "64" and row["data"] == "data/tiny/train.bin"
+def test_audit_finds_what_was_planted(scored, place):
+    leak = "They say: The old MAN of the sea -- told a long tale about the very last (white) whale! And more."
+    documents = [f"nothing of document {n} is a test item" for n in range(30)] + [leak]
+    folder = place[0] / "data/leaky"
+    folder.mkdir()
+    np.array([t for text in documents for t in (*text.encode(), 256)], "<u2").tofile(folder / "train.bin")
+    (folder / "meta.json").write_text(json.dumps(dict(tokenizer="bytes", vocab_size=257, splits={})))
+    report, printed, _ = scored("--tasks", "lambada", "--audit", "data/leaky", "--data", "none")
+    ((task, number, excerpt),) = report["leaked"]
+    assert (task, number) == ("lambada", 6) and leak[10:-10] in excerpt and "last (white) whale" in printed
+    assert [report["tables"]["leaks"][0][f"{part} items"] for part in ("all", "clean", "dirty")] == [7, 6, 1]
 
 
-def test_prompt_continues_the_text(checkpoints, run):
-    workspace, hf = checkpoints
+def test_documents_of_a_bin_come_in_bounded_pieces():
+    long = "0123456789abcdef"
+    tokens = np.array([*b"ab", 256, 256, *b"c", 256, *long.encode(), 256, *b"d"])
+    texts = list(e.bin_texts(tokens, {"tokenizer": "bytes"}, size=6, overlap=2))
+    assert texts[:2] == ["ab", "c"] and texts[-1] == "d" and max(map(len, texts)) <= 6
+    pieces = texts[2:-1]        # each repeats the last two characters, so that nothing at the seams is missed
+    assert long.startswith(pieces[0] + "".join(piece[2:] for piece in pieces[1:])[:len(long)])
+    assert all(any(long[i:i + 2] in piece for piece in pieces) for i in range(len(long) - 1))
+
+
+def test_a_new_task_is_a_function_and_a_row(scored, monkeypatch):
+    def arc(item):
+        return item["question"], [f" {answer}" for answer in item["answers"]], item["label"]
+    monkeypatch.setitem(e.TASKS, "arc", (arc, "choice"))
+    report, *_ = scored("--tasks", "arc", "--data", "none")
+    assert report["items"] == dict(arc=3)
+    assert report["tables"]["tasks"][0]["arc acc"][0] == pytest.approx(100 / 3, abs=34)     # 1 or 2 of 3
+    assert list(report["sha256"]) == ["sets/arc.jsonl"]
+
+
+# ---------------------------------------------------------------------------------------------
+# Nothing measured is lost, and what cannot be scored is refused before the first batch
+
+
+def test_what_cannot_be_had_or_does_not_fit_is_left_out(scored, place, capsys):
+    (place[0] / "few/lambada").mkdir(parents=True)
+    shutil.copy(place[0] / "sets/lambada/lambada_test.jsonl", place[0] / "few/lambada")
+    report, _, noted = scored("--eval_data", "few")
+    assert list(report["items"]) == ["lambada"] and "few/piqa/valid.jsonl" in noted and "few/wikitext-2" in noted
+    report, _, noted = scored("--block_size", 12)       # PIQA's and HellaSwag's longest answers are 17 and 16 bytes
+    assert {key.split()[0] for key in report["tables"]["tasks"][0] if " " in key} == {"lambada", "wikitext2", "trained"}
+    assert "piqa is left out" in noted and "hellaswag is left out" in noted and "block_size=12" in noted
+
+
+def test_a_failure_keeps_what_was_measured(scored, place, monkeypatch, capsys):
+    load, run_task, calls = m.load, e.run_task, []
+
+    def gone_later(name, *device):
+        calls.append(name)
+        if calls.count("out/b.pt") > 1:
+            raise m.ModelError("out/b.pt: gone")
+        return load(name, *device)
+    monkeypatch.setattr(e, "load", gone_later)
+    with pytest.raises(m.ModelError, match="gone"):
+        scored("--tasks", "lambada", ckpt=("out/a.pt", "out/b.pt"))
+    report = json.loads((place[0] / "scores.json").read_text())
+    assert [row["checkpoint"] for row in report["tables"]["tasks"]] == ["out/a.pt"]
+    assert "| out/a.pt |" in capsys.readouterr().out
+
+    monkeypatch.setattr(e, "load", load)
+    monkeypatch.setattr(e, "run_task", lambda *args: 1 / 0 if args[-1] == "hellaswag" else run_task(*args))
+    with pytest.raises(ZeroDivisionError):
+        scored()
+    report = json.loads((place[0] / "scores.json").read_text())
+    assert {"lambada acc", "piqa acc"} <= report["tables"]["tasks"][0].keys()
+
+
+def test_a_closed_pipe_and_a_console_without_plus_minus(place):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, EVAL, "--ckpt=out/a.pt", "--eval_data=sets", "--tasks=lambada",
+               "--data=none", "--out=pipe.json"]
+    result = subprocess.run(command, cwd=place[0], env=os.environ | {"PYTHONIOENCODING": "ascii"}, stdout=writer,
+                            stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert json.loads((place[0] / "pipe.json").read_text())["tables"]["tasks"]
+
+
+@pytest.mark.parametrize("words, named", [
+    (["--ckpt", "out/a.pt", "out/none.pt"], "out/none.pt"),
+    (["--ckpt", "out/not.pt"], "out/not.pt"),
+    (["--data", "data/none/val.bin"], "data/none/val.bin"),
+    (["--data", "data/gpt2"], "data/gpt2: gpt2 tokens"),
+    (["--data", "data/short"], "data/short/val.bin"),
+    (["--block_size", "65"], "--block_size=65"),
+    (["--block_size", "0"], "--block_size=0"),
+    (["--limit", str(10**30)], "--limit="),
+    (["--tasks", "lambada,pika"], "--tasks pika"),
+    (["--bpb", "x.jsonl"], "--bpb x.jsonl"),
+    (["--bpb", "x=texts", "x=sets"], "--bpb x=sets"),
+    (["--bpb", "context=texts"], "--bpb context=texts"),
+    (["--bpb", "x=none.txt"], "none.txt"),
+    (["--tasks", "none", "--audit", "data/tiny"], "--audit data/tiny"),
+    (["--audit", "data/none"], "data/none/train.bin"),
+    (["--tasks", "lambada", "--eval_data", "none", "--data", "none"], "nothing to score"),
+    (["--out", "sets"], "'sets'"),
+    (["--prompt", ""], "--prompt"),
+    (["--prompt", "x" * 65], "--prompt: 65 tokens"),
+    (["--prompt", "x", "--temperature", "nan"], "--temperature=nan"),
+    (["--prompt", "x", "--top_p", "2"], "--top_p=2"),
+    (["--prompt", "x", "--seed", "12345678901234567890"], "--seed=12345678901234567890"),
+])
+def test_refused_before_the_first_batch(words, named, place, monkeypatch):
+    root, _ = place
+    monkeypatch.chdir(root)
+    (root / "out/not.pt").write_text("not a checkpoint")
+    for name in ("gpt2", "short"):
+        shutil.copytree(root / "data/tiny", root / "data" / name, dirs_exist_ok=True)
+    meta = json.loads((root / "data/tiny/meta.json").read_text())
+    (root / "data/gpt2/meta.json").write_text(json.dumps(meta | {"tokenizer": "gpt2"}))
+    os.truncate(root / "data/short/val.bin", 100)
+    monkeypatch.setattr(e, "run_task", lambda *args: pytest.fail("a batch was run"))
+    with pytest.raises((e.EvalError, DataError, m.ModelError, OSError)) as error:
+        e.main(["--ckpt", "out/a.pt", "--eval_data", "sets", *words])
+    assert named in str(error.value) and "\n" not in str(error.value)
+
+
+def test_errors_are_one_line(place, refused):
+    assert "out/none.pt" in refused("eval.py", "--ckpt", "out/none.pt", cwd=place[0])
+
+
+def test_a_checkpoint_is_read_by_its_own_tokens(scored, place):
+    root, _ = place
+    m.export(m.load(str(root / "out/a.pt"))[0], str(root / "exported"), get_tokenizer("bytes"))
+    try:
+        m.load(str(root / "exported"))
+    except m.ModelError as error:
+        if "no such checkpoint" in str(error):
+            pytest.skip("this model.load reads no folders yet")
+        raise
+    ours, theirs = (scored("--tasks", "lambada", "--bpb", "x=texts", "--data", "none", ckpt=(name,))[0]["tables"]
+                    for name in ("out/a.pt", "exported"))
+    for table, key in (("tasks", "lambada perplexity"), ("bits per byte", "x")):
+        assert theirs[table][0][key] == pytest.approx(ours[table][0][key], rel=1e-5)
+    shutil.copytree(root / "exported", root / "foreign")
+    for path in (root / "foreign").glob("*token*"):
+        path.unlink()
+    checkpoint = torch.load(root / "out/a.pt", weights_only=True)
+    del checkpoint["meta"]["tokenizer"]
+    torch.save(checkpoint, root / "out/untold.pt")
+    for name in ("foreign", "out/untold.pt"):
+        with pytest.raises(m.ModelError, match=name):
+            scored(ckpt=(name,))
+
+
+# ---------------------------------------------------------------------------------------------
+# Generation
+
+
+def test_prompt_continues_the_text(place, monkeypatch, capsys):
+    root, hf = place
+    monkeypatch.chdir(root)
+
     def continued(*words):
-        return run("eval.py", "--ckpt", "out/a.pt", "--prompt", "def f", "--max_new_tokens", 12, *words,
-                   cwd=workspace).stdout
+        e.main(["--ckpt", "out/a.pt", "--prompt", "def f", "--max_new_tokens", "12", *map(str, words)])
+        return capsys.readouterr().out
     greedy = continued("--temperature", 0)
     theirs = hf.generate(torch.tensor([list(b"def f")]), max_new_tokens=12, do_sample=False, eos_token_id=None,
                          pad_token_id=256)
@@ -139,140 +348,3 @@ def test_top_p_keeps_the_fewest_tokens_of_that_probability():
     for top_p, kept in ((0.4, {0}), (0.5, {0}), (0.6, {0, 1}), (0.81, {0, 1, 2}), (1.0, {0, 1, 2, 3})):
         drawn = model.generate(idx, 1, generator=torch.Generator().manual_seed(0), top_p=top_p)[:, 1]
         assert set(drawn.tolist()) == kept
-    p = torch.bincount(model.generate(idx, 1, generator=torch.Generator().manual_seed(0), top_p=0.6)[:, 1]) / 2000
-    assert p.tolist() == pytest.approx([5 / 8, 3 / 8], abs=0.04)
-
-
-ITEMS = {       # in the layout of --eval_data
-    "lambada/lambada_test.jsonl": [{"text": f"{n} letters come before x {x}"} for n, x in enumerate("abcdef")] + [
-        {"text": "the old man of the sea told a long tale about the very last white whale"}],
-    "piqa/valid.jsonl": [dict(goal=f"goal {n}", sol1="cut it", sol2="glue it together") for n in range(5)],
-    "piqa/valid-labels.lst": [0, 1, 1, 0, 1],
-    "hellaswag/hellaswag_val.jsonl": [dict(activity_label="Tea", ctx_a="A man drinks.", ctx_b="he", label=n % 4,
-                                           endings=["drinks tea", "is a cup", "flies", "sings and sings"])
-                                      for n in range(6)],
-}
-PAGES = " \n = First = \n \n A page , with words . \n = = Part = = \n more \n = Second = \n \n Last words . \n"
-
-
-@pytest.fixture
-def eval_data(checkpoints):
-    workspace, hf = checkpoints
-    for name, rows in ITEMS.items():
-        path = workspace / "sets" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (workspace / "sets/wikitext-2").mkdir()
-    (workspace / "sets/wikitext-2/test.txt").write_text(PAGES)
-    return workspace, hf
-
-
-def nats_of(hf, text, start=0):
-    """Of text's bytes from `start` on, by their logits, as one window behind <|endoftext|>."""
-    tokens = torch.tensor([256, *text.encode()])
-    with torch.no_grad():
-        logits = hf(tokens[None, -65:-1]).logits[0].double()
-    losses = F.cross_entropy(logits, tokens[-64:] if len(tokens) > 64 else tokens[1:], reduction="none")
-    return losses[start - len(text.encode()) if start else 0:].sum().item()
-
-
-def test_the_four_tasks_and_what_else_is_asked(eval_data, run):
-    workspace, hf = eval_data
-    texts = "ab ü", "", "cd", "never"
-    (workspace / "x.jsonl").write_text("".join(json.dumps(dict(text=text)) + "\n" for text in texts))
-    result = run("eval.py", "--ckpt", "out/a.pt", "--eval_data", "sets", "--out", "scores.json",
-                 "--bpb", "my x=x.jsonl", "--max_docs", 2, cwd=workspace)
-    assert result.returncode == 0, result.stderr
-    report = json.loads((workspace / "scores.json").read_text())
-    assert report["items"] == dict(lambada=7, piqa=5, hellaswag=6, wikitext2=2)
-    (row,) = report["tables"]["tasks"]
-    # PIQA by hand, with Hugging Face's logits
-    gains = [[-nats_of(hf, f"Question: goal {n}\nAnswer: {sol}", len(f"Question: goal {n}\nAnswer:"))
-              for sol in ("cut it", "glue it together")] for n in range(5)]
-    labels = np.array([0, 1, 1, 0, 1])
-    acc = (np.argmax(gains, 1) == labels)
-    acc_norm = np.argmax(np.array(gains) / [6, 16], 1) == labels
-    for metric, right in (("piqa acc", acc), ("piqa acc_norm", acc_norm)):
-        assert row[metric] == pytest.approx([100 * right.mean(), 100 * right.std(ddof=1) / math.sqrt(5)])
-    pages = [" = First = \n \n A page , with words . \n = = Part = = \n more ", " = Second = \n \n Last words . \n"]
-    plain = [" = First =\n\nA page, with words.\n== Part ==\nmore ", " = Second =\n\nLast words.\n"]
-    nats = sum(nats_of(hf, text) for text in plain)
-    assert row["wikitext2 byte_perplexity"][0] == pytest.approx(math.exp(nats / len("".join(pages))), rel=1e-4)
-    assert row["wikitext2 token_perplexity"][0] == pytest.approx(math.exp(nats / len("".join(plain))), rel=1e-4)
-    nats = nats_of(hf, "ab ü") + nats_of(hf, "cd")
-    assert report["tables"]["bits per byte"][0]["my x"][0] == pytest.approx(nats / math.log(2) / 7, rel=1e-4)
-    assert report["tables"]["own data"][0]["data"] == "data/tiny/val.bin"
-    for text in ("GPT-2 XL (quoted)", "12.97", "40.03", "items: lambada 7, piqa 5"):
-        assert text in result.stdout
-
-
-def test_processes_share_the_items(eval_data, run):
-    workspace, _ = eval_data
-    command = [str(m.__file__).replace("model.py", "eval.py"), "--ckpt", "out/a.pt", "--eval_data", "sets"]
-    one = run("eval.py", *command[1:], "--out", "one.json", cwd=workspace)
-    two = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", *command,
-                          "--out", "two.json"], cwd=workspace, capture_output=True, text=True, timeout=300)
-    assert (one.returncode, two.returncode) == (0, 0), two.stderr
-    one, two = (json.loads((workspace / name).read_text())["tables"] for name in ("one.json", "two.json"))
-    for table in ("tasks", "own data"):
-        for key, value in one[table][0].items():
-            assert two[table][0][key] == (pytest.approx(value, rel=1e-6) if isinstance(value, (float, list)) else value)
-
-
-def test_audit_finds_what_was_planted(eval_data, run):
-    workspace, _ = eval_data
-    leak = "They say: The old MAN of the sea -- told a long tale about the very last (white) whale! And more."
-    documents = [f"nothing of document {n} is a test item" for n in range(30)] + [leak]
-    tokens = np.array([t for text in documents for t in (*text.encode(), 256)], "<u2")
-    (workspace / "data/leaky").mkdir()
-    tokens.tofile(workspace / "data/leaky/train.bin")
-    (workspace / "data/leaky/meta.json").write_text(json.dumps(dict(tokenizer="bytes", vocab_size=257, splits={})))
-    result = run("eval.py", "--ckpt", "out/a.pt", "--eval_data", "sets", "--tasks", "lambada", "--audit", "data/leaky",
-                 "--out", "scores.json", cwd=workspace)
-    assert result.returncode == 0, result.stderr
-    report = json.loads((workspace / "scores.json").read_text())
-    ((task, number, excerpt),) = report["leaked"]
-    assert (task, number) == ("lambada", 6) and leak[10:-10] in excerpt
-    every, clean, dirty = (report["tables"]["leaks"][0][f"{part} items"] for part in ("all", "clean", "dirty"))
-    assert (every, clean, dirty) == (7, 6, 1)
-    assert "last (white) whale" in result.stdout
-
-
-def test_documents_of_a_bin_are_read_in_bounded_pieces():
-    tokens = np.array([1, 2, 9, 9, 3, 9, *range(10, 24), 9, 4])
-    documents = [d.tolist() for d in e.bin_documents(tokens, 9, size=6, overlap=2)]
-    assert documents[:2] == [[1, 2], [3]] and documents[-1] == [4] and max(map(len, documents)) <= 6
-    long = documents[2:-1]      # in pieces, each of which repeats two tokens, so that nothing at the seams is missed
-    assert long[0] + [t for piece in long[1:] for t in piece[2:]] == list(range(10, 24))
-
-
-def test_bad_input(checkpoints, refused):
-    workspace, _ = checkpoints
-
-    def line(*words):
-        words += () if "--tasks" in words else ("--tasks", "none")
-        return refused("eval.py", *words, cwd=workspace)
-    assert "no such checkpoint" in line("--ckpt", "out/none.pt")
-    assert "not a checkpoint" in line("--ckpt", "configs/tiny.py")
-    assert "no such bin" in line("--ckpt", "out/a.pt", "--data", "data/none/val.bin")
-    assert "learned positions end at block_size=64" in line("--ckpt", "out/a.pt", "--block_size", 65)
-    assert "did you mean --block_size?" in line("--ckpt", "out/a.pt", "--blocksize", 8)
-    assert "--block_size: invalid int value: 'x'" in line("--ckpt", "out/a.pt", "--block_size", "x")
-    assert "--block_size=0" in line("--ckpt", "out/a.pt", "--block_size", 0)
-    assert "--temperature" in line("--ckpt", "out/a.pt", "--prompt", "x", "--temperature", -1)
-    assert "--top_p" in line("--ckpt", "out/a.pt", "--prompt", "x", "--top_p", 2)
-    assert "--tasks pika: expected some of lambada, piqa" in line("--ckpt", "out/a.pt", "--tasks", "pika")
-    assert "--bpb x.jsonl: expected NAME=FILE" in line("--ckpt", "out/a.pt", "--bpb", "x.jsonl")
-    assert "x.csv: neither a file" in line("--ckpt", "out/a.pt", "--bpb", "x=x.csv")
-    assert "no test items" in line("--ckpt", "out/a.pt", "--audit", "data/tiny")
-    message = line("--ckpt", "out/a.pt", "--tasks", "lambada", "--eval_data", "none")
-    assert "none/lambada/lambada_test.jsonl: no such file" in message and "--tasks none" in message
-    (workspace / "none/lambada").mkdir(parents=True)
-    (workspace / "none/lambada/lambada_test.jsonl").write_text('{"text": "a b"}\n{"txt": "a b"}\n')
-    message = line("--ckpt", "out/a.pt", "--tasks", "lambada", "--eval_data", "none")
-    assert "lambada_test.jsonl, item 2: expected text (str)" in message
-    meta = json.loads((workspace / "data/tiny/meta.json").read_text())
-    (workspace / "data/tiny/meta.json").write_text(json.dumps({**meta, "tokenizer": "gpt2"}))
-    assert "holds gpt2 tokens" in line("--ckpt", "out/a.pt")
-    os.truncate(workspace / "data/tiny/val.bin", 100)
-    assert "cut short" in line("--ckpt", "out/a.pt")

@@ -60,10 +60,11 @@ def main():
             theirs[0] = 0.0
             _, samples = t.harness(lm, {task: items}, Path(folder))[task]
             began = time.process_time()
-            columns = e.run_task(task, items, model, tokenizer, 1024, 8)
+            function, kind = e.TASKS[task]
+            columns = e.run_task(kind, [function(item) for item in items], model, tokenizer, 1024, 8)
             ours = time.process_time() - began
             together = [together[0] + theirs[0], together[1] + ours]
-            if task in ("piqa", "hellaswag"):
+            if kind == "choice":
                 gap = f"{sum(s['acc'] != x for s, x in zip(samples, columns['correct']))} decisions"
             else:
                 found = [np.ravel(s["filtered_resps"][0])[0] for s in samples]      # (log-likelihood, greedy), or one
