@@ -51,14 +51,10 @@ from model import GPT, ModelError, alibi_slopes, load, save
 from prepare import Parser
 
 NOISE = 8.0                 # size of E relative to the weights (logs/growth.md)
-QUERY_NOISE = 0.125         # size of e's rows relative to q's, which hold E: makes e about half of q
+QUERY_NOISE = 0.125         # size of e's weights relative to q's with E: e is then about 0.4 of q
 EXACT = 1e-10               # largest change of a logit in float64, relative to the largest logit
 SIZES = {"n_layer": "layers", "n_embd": "width", "n_head": "heads; by default as many as keep their size",
          "block_size": "context; the function is kept up to the source's"}
-
-
-class GrowError(ValueError):
-    """A growth that cannot be done; the message is one line for the user."""
 
 
 # ---------------------------------------------------------------------------------------------
@@ -93,14 +89,10 @@ def deepen(model, depth, n_layer):
 class Axis(NamedTuple):
     """How one dimension of a tensor grows from n entries to N."""
     source: Tensor                  # (N,) the old entry that each new one copies; -1: one of the others
-    factor: Tensor                  # (N,) what the copy is multiplied by
+    factor: Tensor | float = 1.0    # (N,) or one for all: what the copy is multiplied by
     others: str = "zero"            # they hold the "mean" of the old entries, "random" numbers or "zero"
     noise: float = 0.0              # size of the noise added to the copies, relative to the entries
     group: Tensor | None = None     # (N,) labels: the noise sums to 0 over the entries of one label
-
-
-def copy(source, factor=1.0, others="zero"):
-    return Axis(source, torch.full(source.shape, factor, dtype=torch.float64), others)
 
 
 def split(source, noise, others="zero"):
@@ -135,19 +127,19 @@ def rules(old, new, noise):
     group = torch.arange(3 * N).view(3, H, m, D)
     group[0] = group[0, :, :1].clone()      # e sums to 0 over the m copies in a head of q; k and v get none
     heads = Axis(qkv.flatten(), factor.flatten(), "random", QUERY_NOISE if m > 1 else 0.0, group.flatten())
-    units = copy(unit)
-    write, read = copy(channel, s, "mean"), split(channel, noise, "random")
-    norm, shift = copy(channel, 1 / s, "mean"), copy(channel)
+    units = Axis(unit)
+    write, read = Axis(channel, s, "mean"), split(channel, noise, "random")
+    norm, shift = Axis(channel, 1 / s, "mean"), Axis(channel)
     return {
-        "wte.weight": (copy(torch.arange(old.padded_vocab_size)), write),
-        "wpe.weight": (copy(position, others="mean"), write),
+        "wte.weight": (Axis(torch.arange(old.padded_vocab_size)), write),
+        "wpe.weight": (Axis(position, others="mean"), write),
         "ln_1.weight": (norm,), "ln_1.bias": (shift,),
         "attn.c_attn.weight": (heads, read), "attn.c_attn.bias": (heads,),
         "attn.c_proj.weight": (write, split(inner, noise)), "attn.c_proj.bias": (write,),
         "ln_2.weight": (norm,), "ln_2.bias": (shift,),
         "mlp.c_fc.weight": (units, read), "mlp.c_fc.bias": (units,),
         "mlp.c_proj.weight": (write, split(unit, noise)), "mlp.c_proj.bias": (write,),
-        "ln_f.weight": (copy(channel, 1 / (n * s * s), "mean"),), "ln_f.bias": (copy(channel, 1 / (n * s)),),
+        "ln_f.weight": (Axis(channel, 1 / (n * s * s), "mean"),), "ln_f.bias": (Axis(channel, 1 / (n * s)),),
     }
 
 
@@ -176,15 +168,11 @@ def widen(p, rule, generator):
         if axis.noise:
             q += centred(axis.noise * z, axis.group)
         if axis.others == "mean":
-            q[..., new] = p.mean(-1, keepdim=True) * axis.factor[new]
+            q[..., new] = p.mean(-1, keepdim=True) * axis.factor
         else:
             q[..., new] = z[..., new] if axis.others == "random" else 0.0
         p = q.movedim(-1, dim)
     return p.contiguous()
-
-
-# ---------------------------------------------------------------------------------------------
-# The whole model, a tensor at a time
 
 
 def grow_weights(model, new, silent=(), noise=NOISE, seed=1337):
@@ -220,8 +208,8 @@ def logits64(model, idx, weights=None):
 
     for part in filter(None, (model.wte, model.wpe)):
         enter(part)
-    hooks = [hook for part in (*model.h, model.ln_f)
-             for hook in (part.register_forward_pre_hook(enter), part.register_forward_hook(leave))]
+    hooks = [part.register_forward_pre_hook(enter) for part in (*model.h, model.ln_f)]
+    hooks += [part.register_forward_hook(leave) for part in (*model.h, model.ln_f)]
     logits = model(idx)
     for hook in hooks:
         hook.remove()
@@ -229,21 +217,25 @@ def logits64(model, idx, weights=None):
     return logits
 
 
+# ---------------------------------------------------------------------------------------------
+# The command
+
+
 def target_config(old, args):
-    """The GPTConfig of the larger model. Raises GrowError, ModelError."""
+    """The GPTConfig of the larger model. Raises ModelError."""
     size = {key: getattr(old if getattr(args, key) is None else args, key) for key in SIZES}
-    head_size = old.n_embd // old.n_head
-    if args.n_head is None and size["n_embd"] % head_size == 0:
-        size["n_head"] = size["n_embd"] // head_size
+    D = old.n_embd // old.n_head
+    if args.n_head is None and size["n_embd"] % D == 0:
+        size["n_head"] = size["n_embd"] // D
     for key, value in size.items():
         if value < getattr(old, key):
-            raise GrowError(f"--{key}={value}: smaller than the source's {getattr(old, key)}")
+            raise ModelError(f"--{key}={value}: smaller than the source's {getattr(old, key)}")
     new = replace(old, **size)
     if new == old:
-        raise GrowError(f"nothing to grow; set one of --{', --'.join(SIZES)}")
-    if new.n_embd // new.n_head % head_size:
-        raise GrowError(f"--n_embd={new.n_embd} --n_head={new.n_head}: heads of {new.n_embd // new.n_head} channels, "
-                        f"expected {head_size} as in the source, or a multiple")
+        raise ModelError(f"nothing to grow; set one of --{', --'.join(SIZES)}")
+    if new.n_embd // new.n_head % D:
+        raise ModelError(f"--n_head={new.n_head} at n_embd={new.n_embd}: heads of {new.n_embd // new.n_head} channels, "
+                         f"expected {D}, as in the source, or a multiple")
     return new
 
 
@@ -259,9 +251,9 @@ def main(argv):
     parser.add_argument("--force", action="store_true", help="overwrite the target")
     args = parser.parse_args(argv)
     if os.path.exists(args.target) and not args.force:
-        raise GrowError(f"{args.target} exists; pass --force to overwrite it")
+        raise ModelError(f"{args.target} exists; pass --force to overwrite it")
     if not 0 <= args.seed < 2**63:
-        raise GrowError(f"--seed={args.seed}: expected 0 to 2^63 - 1")
+        raise ModelError(f"--seed={args.seed}: expected 0 to 2^63 - 1")
     source, meta = load(args.source)
     old, new = source.config, target_config(source.config, args)
     how = ", ".join(f"{key} {getattr(old, key)} to {getattr(new, key)}" for key in SIZES
@@ -275,36 +267,34 @@ def main(argv):
         print(f"{name}: {model.num_params() / 1e6:.1f}M parameters, "
               f"{model.flops_per_token(model.config.block_size) / 1e6:,.1f} MFLOPs per token")
 
-    # the truth: what the source computes in float64
+    # what the source computes in float64 is the truth; the larger model is filled as it is compared
     generator = torch.Generator().manual_seed(args.seed)
     idx = torch.randint(old.vocab_size, (2, min(old.block_size, 64)), generator=generator)
     truth = logits64(source, idx)
     silent = deepen(source, args.depth, new.n_layer)
-    if new.n_layer > old.n_layer and not silent:        # all copies write: what they compute is the truth then
+    if new.n_layer > old.n_layer and not silent:
         before, truth = truth, logits64(source, idx)
         print(f"--depth={args.depth} changes logits by up to {(truth - before).abs().max():.1e}: "
               "the loss jumps first and comes back in training")
-    # the larger model is filled as it is compared, one layer at a time
-    with tqdm(grow_weights(source, new, silent, args.noise, args.seed), "growing", len(grown.state_dict()),
-              unit="tensor", delay=3, leave=False) as weights:
-        change = (logits64(grown, idx, iter(weights)) - truth).abs().max()
+    weights = grow_weights(source, new, silent, args.noise, args.seed)
+    weights = tqdm(weights, "growing", len(grown.state_dict()), unit="tensor", delay=3, leave=False)
+    change = (logits64(grown, idx, iter(weights)) - truth).abs().max()
     rounded, largest = (logits64(grown, idx) - truth).abs().max(), truth.abs().max()
     print(f"largest change of a logit, on {idx.numel()} random tokens, logits up to {largest:.1f}: "
           f"float64 {change:.1e}, weights rounded to fp32 {rounded:.1e}")
     if not change <= EXACT * largest:
-        raise GrowError(f"the function changed by {change:.1e}; nothing was written")
+        raise ModelError(f"the function changed by {change:.1e}; nothing was written")
     if new.pos == "learned" and new.block_size > old.block_size:
         print(f"positions from {old.block_size} on are new: the function is kept up to there")
 
-    parent = {"from": args.source, "how": how,
-              **{key: meta[key] for key in ("step", "tokens", "flops", "val_loss") if key in meta}}
-    save(args.target, grown, tokenizer=meta["tokenizer"], step=0, tokens=0, flops=0,
-         lineage=meta.get("lineage", []) + [parent],
-         **{key: meta[key] for key in ("data", "fingerprint") if key in meta})
+    known = {key: meta[key] for key in ("step", "tokens", "flops", "val_loss") if key in meta}
+    data = {key: meta[key] for key in ("data", "fingerprint") if key in meta}
+    save(args.target, grown, tokenizer=meta["tokenizer"], **data, step=0, tokens=0, flops=0,
+         lineage=[*meta.get("lineage", []), {"from": args.source, "how": how, **known}])
 
 
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (GrowError, ModelError, OSError) as e:
+    except (ModelError, OSError) as e:
         sys.exit(f"grow.py: {e}")
