@@ -16,25 +16,25 @@ norm subtracts the mean, which stays only if all channels are copied equally oft
     normalised z    z' = s [z ... z  0 ... 0]
     layer norm x    x' = [x ... x  0 ... 0]     x = weight z + bias
 
-So each dimension of a tensor grows by one of these rules:
+So each dimension of a tensor grows by one of these rules (the function `rules` says which):
 
     write           s W, copied; s mean(W) in the others
-    norm            weight / s, copied; the others meet 0
+    norm            weight / s, copied; any weight in the others, where z' = 0
     shift           bias, copied; 0 in the others
     split           what reads n copies: W / n + E_c for copy c, where E_1 + ... + E_n = 0, so together W x
-    read            split; what reads the others meets 0, and is random
+    read            split; random where it reads the others, which are 0
     ln_f            weight / (n s²) and bias / (n s): the tied head sums n copies, n (s w) (x / (n s)) = w x
     units           hidden units are copied, and what reads them is split
-    heads           the same, but with ALiBi a head is its slope: it goes where the new table has that slope.
-                    Heads of new slopes are random, and what reads them is 0.
+    heads           the same; with ALiBi a head goes where the new table of slopes has its slope. Heads of new
+                    slopes are random, and what reads them is 0.
                     In heads m times as wide, k' = m^(-1/4) [k ... k] and q' = m^(-1/4) [q + e_1 ... q + e_m],
                     where e_1 + ... + e_m = 0: q'.k' / sqrt(m D) = m^(-1/2) m q.k / sqrt(m D) = q.k / sqrt(D)
 
-E and e are random. They part the copies, which would else get equal gradients and stay equal for ever. Copies
-of a row share one E: else their rounding would differ, and E would amplify that from layer to layer.
+E and e are random. They part the copies, which would otherwise get equal gradients and stay equal for ever.
+Copies of a row share one E, or their rounding would differ and E would amplify it from layer to layer.
 (After Net2Net, Chen et al. 2016, arXiv:1511.05641, which has no layer norms.)
 
-Depth. --depth=identity adds copies of layers whose c_proj, all that writes to the stream, are 0 at first.
+Depth. --depth=identity adds copies of layers that write nothing to the stream at first: their c_proj are 0.
 adjacent and stack add copies that write at once: the loss jumps first and comes back in training.
 """
 import math
@@ -234,8 +234,8 @@ def target_config(old, args):
     if new == old:
         raise ModelError(f"nothing to grow; set one of --{', --'.join(SIZES)}")
     if new.n_embd // new.n_head % D:
-        raise ModelError(f"--n_head={new.n_head} at n_embd={new.n_embd}: heads of {new.n_embd // new.n_head} channels, "
-                         f"expected {D}, as in the source, or a multiple")
+        raise ModelError(f"--n_embd={new.n_embd} --n_head={new.n_head}: expected heads of {D} channels, "
+                         "as in the source, or of a multiple")
     return new
 
 
@@ -256,9 +256,9 @@ def main(argv):
         raise ModelError(f"--seed={args.seed}: expected 0 to 2^63 - 1")
     source, meta = load(args.source)
     old, new = source.config, target_config(source.config, args)
-    how = ", ".join(f"{key} {getattr(old, key)} to {getattr(new, key)}" for key in SIZES
-                    if getattr(old, key) != getattr(new, key))
-    how += f"; depth by {args.depth}" * (new.n_layer > old.n_layer)
+    changed = [key for key in SIZES if getattr(old, key) != getattr(new, key)]
+    how = ", ".join(f"{key} {getattr(old, key)} to {getattr(new, key)}" for key in changed)
+    how += f"; depth by {args.depth}" * ("n_layer" in changed)
     print(f"{args.source}: {how}")
     with torch.device("meta"):
         grown = GPT(new).eval()
