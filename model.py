@@ -265,14 +265,17 @@ def attention_ref(q, k, v, slopes=None, dropout_p=0.0):
     return p.to(v.dtype) @ v
 
 
-# The kernels follow FlashAttention-2 (Dao 2023, arXiv:2307.08691): a program owns a tile of rows
-# (or, for dk and dv, of columns), walks over the other side, and keeps the softmax as a running
-# maximum and sum. The backward makes two passes, dq then dk and dv, each program writing what no
-# other writes: no atomics, so results repeat bit for bit.
+# The kernels follow FlashAttention-2 (Dao 2023, arXiv:2307.08691). A program owns M rows (or, for dk
+# and dv, N columns) of one head and walks over the other side in tiles. The forward keeps the softmax
+# as a running maximum m_i and sum l_i. The backward makes two passes, dq then dk and dv. No two
+# programs write to the same place: there are no atomics, and results repeat bit for bit.
 #
-# Scores are kept in base 2: exp2 is the instruction that the hardware has, and log2(e) hides in
-# the scale. ALiBi adds slope * (j - m), m the first row of the tile: within a row it differs from
-# slope * (j - i) by a constant, which softmax ignores, and it stays small where weights are large.
+# Scores are in base 2, because exp2 is the instruction the hardware has: log2(e) is part of `scale`.
+# A score is scaled in the same multiply-add that subtracts the maximum, so slopes are divided by it.
+#
+# ALiBi adds slope * (j - start), where start is the row's number rounded down to a multiple of 128.
+# Within a row this differs from slope * (j - i) by a constant, which softmax ignores. It needs no
+# term per row, and stays small enough for fp32 where weights are large.
 
 
 @jit
@@ -284,270 +287,290 @@ def dot(a, b, acc=None):
 
 
 @jit
-def load_tile(x, rows, stride, T, D: tl.constexpr, BLOCK_D: tl.constexpr, EDGE: tl.constexpr):
-    """Rows of x (T, D) as (rows, BLOCK_D), zero beyond D and, where EDGE says they may reach it, T."""
-    d = tl.arange(0, BLOCK_D)
-    at = x + rows[:, None] * stride + d[None, :]
-    if EDGE:
-        return tl.load(at, (rows < T)[:, None] & (d < D)[None, :], 0.0)
-    elif D < BLOCK_D:
-        return tl.load(at, (d < D)[None, :], 0.0)
+def tile_at(x, start, ROWS: tl.constexpr, stride, T, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows start, start + 1, ... of x (T, D) as (ROWS, BLOCK_D): pointers, and which of them lie inside."""
+    row, d = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK_D)[None, :]
+    x += tl.cast(start, tl.int64) * stride
+    return x + row * stride + d, (start + row < T) & (d < D)
+
+
+@jit
+def load_tile(x, start, ROWS: tl.constexpr, stride, T, D: tl.constexpr, BLOCK_D: tl.constexpr, EDGE: tl.constexpr):
+    """A tile of x, zero beyond D and beyond T, which only a tile with EDGE may reach."""
+    at, inside = tile_at(x, start, ROWS, stride, T, D, BLOCK_D)
+    if EDGE or D < BLOCK_D:
+        return tl.load(at, inside if EDGE else (tl.arange(0, BLOCK_D) < D)[None, :], 0.0)
     else:
         return tl.load(at)
 
 
 @jit
-def store_tile(x, tile, rows, stride, T, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    d = tl.arange(0, BLOCK_D)
-    at = x + rows[:, None] * stride + d[None, :]
-    tl.store(at, tile.to(x.dtype.element_ty), (rows < T)[:, None] & (d < D)[None, :])
+def store_tile(x, tile, start, ROWS: tl.constexpr, stride, T, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    at, inside = tile_at(x, start, ROWS, stride, T, D, BLOCK_D)
+    tl.store(at, tile.to(x.dtype.element_ty), inside)
 
 
 @jit
-def kept(seed, bh, m, n, drop, M: tl.constexpr, N: tl.constexpr):
-    """(M, N) booleans: which weights of rows m.. and columns n.. survive dropout.
+def this_head(slopes, seed, scale, T, H: tl.constexpr, D: tl.constexpr):
+    """Of this program: its head among B * H, where that starts in qkv and in y, its slope, dropout's key.
 
-    A function of (seed, head, row, column) alone, so no tile size changes it. One call of Philox
-    (Salmon et al. 2011; 7 rounds pass their tests) gives 128 bits, 16 for each of 8 columns.
+    The grid is (heads of a group, tiles, groups). Programs start in this order, so those at work
+    share the keys of one group of heads, which fit in the L2 cache.
     """
-    rows = (m + tl.arange(0, M))[:, None]
-    groups = (n // 8 + tl.arange(0, N // 8))[None, :]
-    zero = 0 * rows + 0 * groups
-    r0, r1, r2, r3 = tl.philox(tl.load(seed), groups + zero, rows + zero, bh + zero, zero, n_rounds=7)
-    words = tl.join(tl.join(r0, r2), tl.join(r1, r3))                   # (M, N / 8, 2, 2)
-    halves = tl.join(words & 0xFFFF, words >> 16)                       # (M, N / 8, 2, 2, 2)
-    return tl.reshape(halves.to(tl.int32) >= drop, (M, N))
+    bh = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+    b, h = (bh // H).to(tl.int64), bh % H
+    slope = 0.0 if slopes is None else tl.load(slopes + h) * (LOG2E / scale)
+    key = 0 if seed is None else tl.randint(tl.load(seed), bh).to(tl.uint32, bitcast=True)
+    return bh, (b * T * 3 * H + h) * D, (b * T * H + h) * D, slope, key
+
+
+@jit
+def dropout_mask(key, dropout_p, m, i, n, j):
+    """Booleans: which weights of rows m + i and columns n + j survive dropout; i and j broadcast.
+
+    A function of (seed, head, row, column) alone: no tile size changes it. One call of Philox 2x32
+    (Salmon et al. 2011; 7 rounds pass their tests) gives 16 bits to each of the four weights in rows
+    i, i + 8 and columns j, j + 8. A thread that holds one of them after a matrix instruction holds
+    all four, also where the tile is transposed: the compiler makes the call once for the four, and
+    no bits move between threads.
+    """
+    a, b = (m + (i - (i & 8))).to(tl.uint32), (n + (j - (j & 8))).to(tl.uint32)
+    for _ in tl.static_range(7):
+        a, b = tl.umulhi(a, 0xD256D193) ^ key ^ b, a * 0xD256D193
+        key += 0x9E3779B9
+    word = tl.where((j & 8) == 0, a, b)
+    word = tl.where((i & 8) == 0, word, word << 16)     # its upper 16 bits decide
+    return word >= tl.cast(dropout_p * 2**32, tl.uint32)
 
 
 @jit
 def attention_fwd_kernel(
-    q, k, v,                    # (B, H, T, D), each with strides (batch, head, row, 1)
+    qkv,                        # (B, T, 3, H, D)
     slopes,                     # (H,) fp32 or None
-    seed, drop,                 # (1,) int64 or None for no dropout; drop / 65536 of the weights go
-    y,                          # (B, T, H, D) contiguous
-    lse,                        # (B, H, T) fp32: log2 sum_j 2^s_ij
-    batch, head, row, H, T, scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, EDGE: tl.constexpr,
+    seed, dropout_p,            # (1,) int64 or None for no dropout; a multiple of 2^-16
+    y,                          # (B, T, H, D)
+    lse,                        # (B, H, T rounded up to 128) fp32: log2 sum_j 2^s_ij
+    scale, T, H: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, EDGE: tl.constexpr,
 ):
-    tl.static_assert(M % N == 0)
-    bh, m = tl.program_id(0), (tl.num_programs(1) - 1 - tl.program_id(1)) * M      # longest rows first
-    b, h = (bh // H).to(tl.int64), bh % H
-    rows, cols = m + tl.arange(0, M), tl.arange(0, N)
-    q, k, v = q + b * batch + h * head, k + b * batch + h * head, v + b * batch + h * head
-    slope = 0.0 if slopes is None else tl.load(slopes + h) * LOG2E
-    slant = slope * cols
-    qm = load_tile(q, rows, row, T, D, BLOCK_D, EDGE)
-    acc = tl.zeros((M, BLOCK_D), tl.float32)            # sum_j p_ij v_j
-    total = tl.zeros((M,), tl.float32)                  # sum_j p_ij
-    top = tl.full((M,), -float("inf"), tl.float32)      # max_j s_ij
-    for diagonal in tl.static_range(2):                 # columns left of the diagonal tile, then its own
+    tl.static_assert(M % N == 0 and 128 % M == 0)
+    bh, q_at, y_at, slope, key = this_head(slopes, seed, scale, T, H, D)
+    q, k, v = qkv + q_at, qkv + q_at + H * D, qkv + q_at + 2 * H * D
+    m = (tl.num_programs(1) - 1 - tl.program_id(1)) * M     # the longest rows first
+    i, j = tl.arange(0, M)[:, None], tl.arange(0, N)[None, :]
+    q_m = load_tile(q, m, M, 3 * H * D, T, D, BLOCK_D, EDGE)
+    acc = tl.zeros((M, BLOCK_D), tl.float32)
+    l_i = tl.zeros((M,), tl.float32)
+    m_i = tl.full((M,), -float("inf"), tl.float32)
+    for diagonal in tl.static_range(2):                 # tiles left of the diagonal, then those on it
+        shift = 0 if diagonal else -m
         for n in range(m if diagonal else 0, min(m + M, T) if diagonal else m, N):
-            kn = load_tile(k, n + cols, row, T, D, BLOCK_D, EDGE and diagonal)
-            s = dot(qm, tl.trans(kn)) * scale        # (M, N)
+            k_n = load_tile(k, n, N, 3 * H * D, T, D, BLOCK_D, EDGE and diagonal)
+            s = dot(q_m, tl.trans(k_n))                 # (M, N)
             if slopes is not None:
-                s += (slant + slope * (n - m))[None, :]
+                s += slope * (n - m // 128 * 128) + slope * j
             if diagonal:
-                s = tl.where(rows[:, None] >= n + cols[None, :], s, -float("inf"))
-            higher = tl.maximum(top, tl.max(s, 1))
-            fade = tl.exp2(top - higher)
-            p = tl.exp2(s - higher[:, None])
-            total = total * fade + tl.sum(p, 1)
-            top = higher
+                s = tl.where(i >= j + shift, s, -float("inf"))
+            m_ij = tl.maximum(m_i, tl.max(s, 1) * scale)
+            alpha = tl.exp2(m_i - m_ij)
+            p = tl.exp2(s * scale - m_ij[:, None])
+            l_i = l_i * alpha + tl.sum(p, 1)
+            m_i = m_ij
             if seed is not None:
-                p = tl.where(kept(seed, bh, m, n, drop, M, N), p, 0.0)
-            vn = load_tile(v, n + cols, row, T, D, BLOCK_D, EDGE and diagonal)
-            acc = dot(p.to(vn.dtype), vn, acc * fade[:, None])
-    boost = 65536 / (65536 - drop)                      # the weights that are kept count for more
-    tl.store(lse + bh * T + rows, top + tl.log2(total) - slope * (rows // 64 * 64 - m), rows < T)
-    store_tile(y + (b * T * H + h) * D, acc * (boost / total)[:, None], rows, H * D, T, D, BLOCK_D)
+                p = tl.where(dropout_mask(key, dropout_p, m, i, n, j), p, 0.0)
+            v_n = load_tile(v, n, N, 3 * H * D, T, D, BLOCK_D, EDGE and diagonal)
+            acc = dot(p.to(v_n.dtype), v_n, acc * alpha[:, None])
+            shift += N
+    tl.store(lse + bh * (tl.cdiv(T, 128) * 128) + m + tl.arange(0, M), m_i + tl.log2(l_i))
+    store_tile(y + y_at, acc / (l_i * (1 - dropout_p))[:, None], m, M, H * D, T, D, BLOCK_D)
 
 
 @jit
 def attention_bwd_dq_kernel(
-    q, k, v, slopes, seed, drop, y, lse,        # as the forward had and left them
-    dy, dq,                     # (B, T, H, D) contiguous
-    delta,                      # (B, H, T) fp32: dy . y / boost, written here for the pass over the columns
-    batch, head, row, H, T, scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, EDGE: tl.constexpr,
+    qkv, slopes, seed, dropout_p, y, lse,       # as the forward had and left them
+    dy,                         # (B, T, H, D)
+    dqkv,                       # (B, T, 3, H, D)
+    delta,                      # like lse: dy . y * (1 - dropout_p), written here for the pass over columns
+    scale, T, H: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, EDGE: tl.constexpr,
 ):
-    tl.static_assert(M % N == 0)
-    bh, m = tl.program_id(0), (tl.num_programs(1) - 1 - tl.program_id(1)) * M
-    b, h = (bh // H).to(tl.int64), bh % H
-    rows, cols = m + tl.arange(0, M), tl.arange(0, N)
-    q, k, v = q + b * batch + h * head, k + b * batch + h * head, v + b * batch + h * head
-    at = (b * T * H + h) * D
-    slope = 0.0 if slopes is None else tl.load(slopes + h) * LOG2E
-    slant = slope * cols
-    boost = 65536 / (65536 - drop)
-    qm = load_tile(q, rows, row, T, D, BLOCK_D, EDGE)
-    dym = load_tile(dy + at, rows, H * D, T, D, BLOCK_D, EDGE)
-    ym = load_tile(y + at, rows, H * D, T, D, BLOCK_D, EDGE)
-    delta_m = tl.sum(dym.to(tl.float32) * ym.to(tl.float32), 1) / boost
-    tl.store(delta + bh * T + rows, delta_m, rows < T)
-    lse_m = tl.load(lse + bh * T + rows, rows < T, 0.0) + slope * (rows // 64 * 64 - m)
+    tl.static_assert(M % N == 0 and 128 % M == 0)
+    bh, q_at, y_at, slope, key = this_head(slopes, seed, scale, T, H, D)
+    q, k, v = qkv + q_at, qkv + q_at + H * D, qkv + q_at + 2 * H * D
+    m = (tl.num_programs(1) - 1 - tl.program_id(1)) * M
+    i, j = tl.arange(0, M)[:, None], tl.arange(0, N)[None, :]
+    q_m = load_tile(q, m, M, 3 * H * D, T, D, BLOCK_D, EDGE)
+    dy_m = load_tile(dy + y_at, m, M, H * D, T, D, BLOCK_D, EDGE)
+    y_m = load_tile(y + y_at, m, M, H * D, T, D, BLOCK_D, EDGE)
+    stats = bh * (tl.cdiv(T, 128) * 128) + m + tl.arange(0, M)
+    lse_m = tl.load(lse + stats)
+    delta_m = tl.sum(dy_m.to(tl.float32) * y_m.to(tl.float32), 1) * (1 - dropout_p)
+    tl.store(delta + stats, delta_m)
     acc = tl.zeros((M, BLOCK_D), tl.float32)
     for diagonal in tl.static_range(2):
+        shift = 0 if diagonal else -m
         for n in range(m if diagonal else 0, min(m + M, T) if diagonal else m, N):
-            kn = load_tile(k, n + cols, row, T, D, BLOCK_D, EDGE and diagonal)
-            vn = load_tile(v, n + cols, row, T, D, BLOCK_D, EDGE and diagonal)
-            s = dot(qm, tl.trans(kn)) * scale        # (M, N)
+            k_n = load_tile(k, n, N, 3 * H * D, T, D, BLOCK_D, EDGE and diagonal)
+            v_n = load_tile(v, n, N, 3 * H * D, T, D, BLOCK_D, EDGE and diagonal)
+            s = dot(q_m, tl.trans(k_n))                 # (M, N)
             if slopes is not None:
-                s += (slant + slope * (n - m))[None, :]
-            p = tl.exp2(s - lse_m[:, None])
+                s += slope * (n - m // 128 * 128) + slope * j
+            p = tl.exp2(s * scale - lse_m[:, None])
             if diagonal:
-                p = tl.where(rows[:, None] >= n + cols[None, :], p, 0.0)
-            dp = dot(dym, tl.trans(vn))
+                p = tl.where(i >= j + shift, p, 0.0)
+            dp = dot(dy_m, tl.trans(v_n))
             if seed is not None:
-                dp = tl.where(kept(seed, bh, m, n, drop, M, N), dp, 0.0)
+                dp = tl.where(dropout_mask(key, dropout_p, m, i, n, j), dp, 0.0)
             ds = p * (dp - delta_m[:, None])
-            acc = dot(ds.to(kn.dtype), kn, acc)
-    store_tile(dq + at, acc * (scale / LOG2E * boost), rows, H * D, T, D, BLOCK_D)
+            acc = dot(ds.to(k_n.dtype), k_n, acc)
+            shift += N
+    store_tile(dqkv + q_at, acc * (scale / LOG2E / (1 - dropout_p)), m, M, 3 * H * D, T, D, BLOCK_D)
 
 
 @jit
 def attention_bwd_dkdv_kernel(
-    q, k, v, slopes, seed, drop, lse,           # as the forward had and left them
-    dy, dk, dv,                 # (B, T, H, D) contiguous
-    delta,                      # (B, H, T) fp32
-    batch, head, row, H, T, scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, EDGE: tl.constexpr,
+    qkv, slopes, seed, dropout_p, y, lse,       # as the forward had and left them
+    dy, dqkv, delta,                            # as for dq
+    scale, T, H: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, EDGE: tl.constexpr,
 ):
-    tl.static_assert(N % M == 0 and 64 % M == 0)
-    bh, n = tl.program_id(0), tl.program_id(1) * N      # longest columns first
-    b, h = (bh // H).to(tl.int64), bh % H
-    cols = n + tl.arange(0, N)
-    q, k, v = q + b * batch + h * head, k + b * batch + h * head, v + b * batch + h * head
-    at = (b * T * H + h) * D
-    dy += at
-    slope = 0.0 if slopes is None else tl.load(slopes + h) * LOG2E
-    slant = slope * tl.arange(0, N)
-    boost = 65536 / (65536 - drop)
-    kn = load_tile(k, cols, row, T, D, BLOCK_D, EDGE)
-    vn = load_tile(v, cols, row, T, D, BLOCK_D, EDGE)
-    dkn = tl.zeros((N, BLOCK_D), tl.float32)
-    dvn = tl.zeros((N, BLOCK_D), tl.float32)
-    for diagonal in tl.static_range(2):                 # the rows below the diagonal tile, then its own
+    tl.static_assert(N % M == 0 and 128 % N == 0)
+    bh, q_at, y_at, slope, key = this_head(slopes, seed, scale, T, H, D)
+    q, k, v = qkv + q_at, qkv + q_at + H * D, qkv + q_at + 2 * H * D
+    n = tl.program_id(1) * N                            # the longest columns first
+    i, j = tl.arange(0, M)[None, :], tl.arange(0, N)[:, None]       # tiles are transposed: (N, M)
+    k_n = load_tile(k, n, N, 3 * H * D, T, D, BLOCK_D, EDGE)
+    v_n = load_tile(v, n, N, 3 * H * D, T, D, BLOCK_D, EDGE)
+    dk = tl.zeros((N, BLOCK_D), tl.float32)
+    dv = tl.zeros((N, BLOCK_D), tl.float32)
+    for diagonal in tl.static_range(2):                 # tiles below the diagonal, then those on it
+        shift = 0 if diagonal else -N
         for m in range(n if diagonal else n + N, min(n + N, T) if diagonal else T, M):
-            rows = m + tl.arange(0, M)
-            qm = load_tile(q, rows, row, T, D, BLOCK_D, EDGE)
-            dym = load_tile(dy, rows, H * D, T, D, BLOCK_D, EDGE)
-            lse_m = tl.load(lse + bh * T + rows, rows < T, 0.0)
-            s = dot(kn, tl.trans(qm)) * scale                           # (N, M), transposed
+            stats = bh * (tl.cdiv(T, 128) * 128) + m + tl.arange(0, M)
+            q_m = load_tile(q, m, M, 3 * H * D, T, D, BLOCK_D, EDGE)
+            dy_m = load_tile(dy + y_at, m, M, H * D, T, D, BLOCK_D, EDGE)
+            s = dot(k_n, tl.trans(q_m))                 # (N, M)
             if slopes is not None:
-                s += (slant + slope * (n - m // 64 * 64))[:, None]
-            p = tl.exp2(s - lse_m[None, :])
+                s += slope * (n - m // 128 * 128) + slope * j
+            dp = dot(v_n, tl.trans(dy_m))
+            p = tl.exp2(s * scale - tl.load(lse + stats)[None, :])
             if diagonal:
-                p = tl.where(rows[None, :] >= cols[:, None], p, 0.0)
-            keep = None if seed is None else tl.trans(kept(seed, bh, m, n, drop, M, N))
-            dvn = dot((p if seed is None else tl.where(keep, p, 0.0)).to(dym.dtype), dym, dvn)
-            dp = dot(vn, tl.trans(dym))
-            delta_m = tl.load(delta + bh * T + rows, rows < T, 0.0)
-            ds = p * ((dp if seed is None else tl.where(keep, dp, 0.0)) - delta_m[None, :])
-            dkn = dot(ds.to(qm.dtype), qm, dkn)
-    store_tile(dk + at, dkn * (scale / LOG2E * boost), cols, H * D, T, D, BLOCK_D)
-    store_tile(dv + at, dvn * boost, cols, H * D, T, D, BLOCK_D)
+                p = tl.where(i >= j + shift, p, 0.0)
+            kept = p
+            if seed is not None:
+                mask = dropout_mask(key, dropout_p, m, i, n, j)
+                kept, dp = tl.where(mask, p, 0.0), tl.where(mask, dp, 0.0)
+            ds = p * (dp - tl.load(delta + stats)[None, :])
+            dv = dot(kept.to(dy_m.dtype), dy_m, dv)
+            dk = dot(ds.to(q_m.dtype), q_m, dk)
+            shift -= M
+    dqkv += q_at
+    store_tile(dqkv + H * D, dk * (scale / LOG2E / (1 - dropout_p)), n, N, 3 * H * D, T, D, BLOCK_D)
+    store_tile(dqkv + 2 * H * D, dv / (1 - dropout_p), n, N, 3 * H * D, T, D, BLOCK_D)
 
 
 def is_hopper(x):
     return x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
 
 
-def tiles(q, dropout):
+def tiles(qkv, D, dropout):
     """(M, N, warps, stages) of the three kernels: large, but spilling no register (tests/tools/aot.py).
 
     They are fixed, not tuned at run time: another choice rounds differently, and a run that is
     resumed must end with the same bits. Before Hopper they fit the 99 KB of a 24 GB card.
     """
-    T, D = q.shape[2:]
-    wide, masked = D > 64, T % 128 > 0 or D & (D - 1) > 0       # masked loads and dropout take registers
-    if q.dtype == torch.float32:
+    wide = D > 64
+    if qkv.dtype == torch.float32:
         tile = (16, 16, 8, 1) if wide else (32, 32, 4, 1)
         return dict(fwd=tile, dq=tile, dkdv=(16, 16, 4, 1))
-    if not is_hopper(q):
-        return dict(fwd=(64, 64, 4, 2), dq=(64, 32, 4, 2), dkdv=(32, 32, 4, 2) if dropout else (32, 64, 8, 2))
-    return dict(fwd=(128, 64, 8 if wide or dropout else 4, 3), dq=(128, 64, 8, 2 if wide else 3),
-                dkdv=(32 if wide and (dropout or masked) else 64, 128, 8, 2))
+    if not is_hopper(qkv):
+        return dict(fwd=(64, 64, 4, 3), dq=(64, 32, 4, 3), dkdv=(32, 32, 4, 3) if dropout else (32, 64, 8, 3))
+    return dict(fwd=(128, 64, 8 if wide or dropout else 4, 3), dq=(128, 64, 8, 3), dkdv=(64, 128, 8, 3))
 
 
-def launch(kernel, tile, q, *args, by="M"):
-    B, H, T, D = q.shape
+def launch(kernel, tile, owned, qkv, n_head, *args):
+    """Run a kernel whose programs own `owned` rows or columns each."""
+    B, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
     M, N, num_warps, num_stages = tile
-    edge = T % max(M, N) > 0
-    with torch.cuda.device_of(q):
-        kernel[(B * H, triton.cdiv(T, M if by == "M" else N))](
-            q, *args, *q.stride()[:3], H, T, LOG2E / math.sqrt(D), D, max(16, triton.next_power_of_2(D)), M, N, edge,
-            num_warps=num_warps, num_stages=num_stages)
-
-
-def alike(q, k, v):
-    """q, k, v with equal strides, the last 1: three slices of one projection are so and stay as they are."""
-    if q.stride() == k.stride() == v.stride() and q.stride(3) == 1:
-        return q, k, v
-    return q.contiguous(), k.contiguous(), v.contiguous()
+    D = C // n_head
+    heads = max(1, 3 * 2**22 // (2 * T * D * qkv.element_size()))       # whose k and v are 12 MiB
+    groups = next(g for g in range(triton.cdiv(B * n_head, heads), B * n_head + 1) if B * n_head % g == 0)
+    grid = B * n_head // groups, triton.cdiv(T, owned), groups
+    with torch.cuda.device_of(qkv):
+        kernel[grid](qkv, *args, LOG2E / math.sqrt(D), T, n_head, D, max(16, triton.next_power_of_2(D)), M, N,
+                     T % max(M, N) > 0, num_warps=num_warps, num_stages=num_stages)
 
 
 @custom_op("gpt::attention", mutates_args=())
-def attention_fwd(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, seed: Tensor | None, drop: int
+def attention_fwd(qkv: Tensor, n_head: int, slopes: Tensor | None, seed: Tensor | None, dropout_p: float
                   ) -> tuple[Tensor, Tensor]:
-    """(y, lse): y is (B, H, T, D) in the memory order (B, T, H, D), heads side by side."""
-    y, lse = attention_fwd_outputs(q, k, v, slopes, seed, drop)
-    q, k, v = alike(q, k, v)
-    launch(attention_fwd_kernel, tiles(q, drop > 0)["fwd"], q, k, v, slopes, seed, drop, y, lse)
+    """(y, lse) of a contiguous qkv (B, T, 3C): y is (B, T, C), heads side by side."""
+    y, lse = attention_fwd_like(qkv, n_head, slopes, seed, dropout_p)
+    tile = tiles(qkv, y.size(2) // n_head, seed is not None)["fwd"]
+    launch(attention_fwd_kernel, tile, tile[0], qkv, n_head, slopes, seed, dropout_p, y, lse)
     return y, lse
 
 
 @attention_fwd.register_fake
-def attention_fwd_outputs(q, k, v, slopes, seed, drop):
-    B, H, T, D = q.shape
-    return q.new_empty(B, T, H, D).transpose(1, 2), q.new_empty(B, H, T, dtype=torch.float32)
+def attention_fwd_like(qkv, n_head, slopes, seed, dropout_p):
+    B, T, C3 = qkv.shape
+    return qkv.new_empty(B, T, C3 // 3), qkv.new_empty(B, n_head, (T + 127) // 128 * 128, dtype=torch.float32)
 
 
 @custom_op("gpt::attention_backward", mutates_args=())
-def attention_bwd(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, seed: Tensor | None, drop: int,
-                  y: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = attention_bwd_outputs(dy, q, k, v, slopes, seed, drop, y, lse)
-    q, k, v = alike(q, k, v)
-    y, dy = (t.transpose(1, 2).contiguous() for t in (y, dy))                  # (B, T, H, D)
-    delta, tile = torch.empty_like(lse), tiles(q, drop > 0)
-    launch(attention_bwd_dq_kernel, tile["dq"], q, k, v, slopes, seed, drop, y, lse, dy, dq, delta)
-    launch(attention_bwd_dkdv_kernel, tile["dkdv"], q, k, v, slopes, seed, drop, lse, dy, dk, dv, delta, by="N")
-    return dq, dk, dv
+def attention_bwd(dy: Tensor, qkv: Tensor, n_head: int, slopes: Tensor | None, seed: Tensor | None, dropout_p: float,
+                  y: Tensor, lse: Tensor) -> Tensor:
+    """dqkv (B, T, 3C)."""
+    dqkv, delta, tile = torch.empty_like(qkv), torch.empty_like(lse), tiles(qkv, y.size(2) // n_head, seed is not None)
+    args = qkv, n_head, slopes, seed, dropout_p, y, lse, dy.contiguous(), dqkv, delta
+    launch(attention_bwd_dq_kernel, tile["dq"], tile["dq"][0], *args)
+    launch(attention_bwd_dkdv_kernel, tile["dkdv"], tile["dkdv"][1], *args)
+    return dqkv
 
 
 @attention_bwd.register_fake
-def attention_bwd_outputs(dy, q, k, v, slopes, seed, drop, y, lse):
-    B, H, T, D = q.shape
-    return tuple(q.new_empty(B, T, H, D).transpose(1, 2) for _ in range(3))
+def _(dy, qkv, n_head, slopes, seed, dropout_p, y, lse):
+    return torch.empty_like(qkv)
 
 
 def attention_save(ctx, inputs, output):
-    q, k, v, slopes, seed, ctx.drop = inputs
-    ctx.save_for_backward(q, k, v, slopes, seed, *output)
+    qkv, ctx.n_head, slopes, seed, ctx.dropout_p = inputs
+    ctx.save_for_backward(qkv, slopes, seed, *output)
 
 
 def attention_grad(ctx, dy, _dlse):
-    q, k, v, slopes, seed, y, lse = ctx.saved_tensors
-    dq, dk, dv = attention_bwd(dy, q, k, v, slopes, seed, ctx.drop, y, lse)
-    return dq, dk, dv, None, None, None
+    qkv, slopes, seed, y, lse = ctx.saved_tensors
+    return attention_bwd(dy, qkv, ctx.n_head, slopes, seed, ctx.dropout_p, y, lse), None, None, None, None
 
 
 attention_fwd.register_autograd(attention_grad, setup_context=attention_save)
 
 
-def attention(q, k, v, slopes=None, dropout_p=0.0):
-    """attention_ref's contract, in O(T) memory where S = T, for D up to 128. Raises ModelError beyond.
+def attention_qkv(qkv, n_head, slopes=None, dropout_p=0.0):
+    """`attention` on the output of one projection: qkv (B, T, 3C) -> (B, T, C), heads side by side.
 
-    The kernels take q, k, v by their strides, so that the slices of one projection need no copy,
-    and round nothing to bf16 but the softmax weights on their way to v. dropout_p is rounded to
-    1/65536; the mask is drawn from torch's generator of the device.
+    The kernels take memory in O(T), D up to 128 (ModelError beyond), and round nothing to bf16 but
+    the weights p on their way to v. dropout_p is rounded to a multiple of 2^-16; the mask follows
+    from torch's generator of the device.
     """
-    if not use_kernels(q) or q.size(2) < k.size(2):      # few queries on kept keys need no kernel
+    B, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
+    if not use_kernels(qkv):
+        q, k, v = qkv.view(B, T, 3, n_head, C // n_head).permute(2, 0, 3, 1, 4)     # each (B, H, T, D)
+        return attention_ref(q, k, v, slopes, dropout_p).transpose(1, 2).reshape(B, T, C)
+    if C // n_head > 128:
+        raise ModelError(f"heads of {C // n_head} channels: the attention kernels take up to 128; raise n_head")
+    dropout_p = min(round(dropout_p * 2**16), 2**16 - 1) / 2**16
+    seed = torch.randint(2**31, (1,), device=qkv.device) if dropout_p else None
+    return attention_fwd(qkv.contiguous(), n_head, slopes, seed, dropout_p)[0]
+
+
+def attention(q, k, v, slopes=None, dropout_p=0.0):
+    """attention_ref's contract; the kernels run where S = T."""
+    B, H, T, D = q.shape
+    if not use_kernels(q) or T < k.size(2):             # few queries on kept keys need no kernel
         return attention_ref(q, k, v, slopes, dropout_p)
-    if q.size(3) > 128:
-        raise ModelError(f"heads of {q.size(3)} channels: the attention kernels take up to 128; raise n_head")
-    drop = round(dropout_p * 65536)
-    seed = torch.randint(2**31, (1,), device=q.device) if drop else None
-    return attention_fwd(q, k, v, slopes, seed, drop)[0]
+    qkv = torch.stack((q, k, v)).permute(1, 3, 0, 2, 4).reshape(B, T, 3 * H * D)
+    return attention_qkv(qkv, H, slopes, dropout_p).view(B, T, H, D).transpose(1, 2)
 
 
 def alibi_slopes(n_head):

@@ -8,6 +8,7 @@ arguments, types and tile sizes it would get, and disassembled. The columns:
 
     stack         bytes of spilled registers
     loop          instructions in the main loop (of the whole kernel where it has none)
+    diagonal      instructions in the loop over the tiles that the causal mask cuts
     mma, exp2     its matrix and exponential instructions
     smem          its loads and stores of shared memory by threads
     barriers      its barriers
@@ -33,7 +34,7 @@ import model as m                                   # noqa: E402
 
 BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
 SHARED = {80: 99 * 1024, 90: 227 * 1024}            # bytes a program may have; 99 KB on sm_86 and sm_89
-COLUMNS = "warps stages registers stack shared loop mma exp2 smem barriers loads ahead".split()
+COLUMNS = "warps stages registers stack shared loop diagonal mma exp2 smem barriers loads ahead".split()
 
 
 class Absent:
@@ -65,8 +66,8 @@ class Build:
         return build
 
 
-def main_loop(sass):
-    """Instructions of the first loop with matrix instructions, else of the longest loop, else all."""
+def main_loops(sass):
+    """Instructions of the loops with matrix instructions, else of the longest loop, else of the whole kernel."""
     code, labels, loops = [], {}, []
     for line in sass.splitlines():
         if label := re.match(r"(\.L_x_\d+):", line):
@@ -77,7 +78,7 @@ def main_loop(sass):
             if target and labels.get(target[1], len(code)) < len(code) - 1:     # a jump back
                 loops.append(code[labels[target[1]]:])
     with_matrix = [loop for loop in loops if any("MMA." in i for i in loop)]
-    return with_matrix[0] if with_matrix else max(loops, key=len, default=code)
+    return with_matrix or [max(loops, key=len, default=code)]
 
 
 def load_bits(instruction):
@@ -96,7 +97,7 @@ def figures(compiled):
         cubin.write_bytes(compiled.asm["cubin"])
         ptx.write_text(compiled.asm["ptx"])
         usage = tool("cuobjdump", "--dump-resource-usage", cubin)
-        loop = main_loop(tool("nvdisasm", "-c", cubin))
+        loop, *others = main_loops(tool("nvdisasm", "-c", cubin))
         serialized = False
         if "wgmma" in compiled.asm["ptx"]:          # ptxas says so only as it compiles
             serialized = "serialized" in tool("ptxas", "-v", "--gpu-name=sm_90a", ptx, "-o", Path(folder, "again"))
@@ -107,7 +108,7 @@ def figures(compiled):
     loads = [load_bits(i) for i in loop if re.search(r"\bLDG(STS)?\.", i)]
     values = (compiled.metadata.num_warps, compiled.metadata.num_stages,
               *(int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK")), compiled.metadata.shared,
-              len(loop), count(r"MMA\."), count(r"MUFU\.EX2"), count(r"\b(LDS|STS|LDSM|STSM)\b(?!.*RZ, \[RZ\])"),
+              len(loop), len(others[0]) if others else None, count(r"MMA\."), count(r"MUFU\.EX2"), count(r"\b(LDS|STS|LDSM|STSM)\b(?!.*RZ, \[RZ\])"),
               count(r"\bBAR\."), min(loads, default=None), min(waits, default=None))
     return dict(zip(COLUMNS, values)), serialized
 
