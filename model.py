@@ -485,7 +485,8 @@ def tiles(qkv, D, dropout):
         return dict(fwd=tile, dq=tile, dkdv=(16, 16, 4, 1))
     if not is_hopper(qkv):
         return dict(fwd=(64, 64, 4, 3), dq=(64, 32, 4, 3), dkdv=(32, 32, 4, 3) if dropout else (32, 64, 8, 3))
-    return dict(fwd=(128, 64, 8 if wide or dropout else 4, 3), dq=(128, 64, 8, 3), dkdv=(64, 128, 8, 3))
+    return dict(fwd=(128, 64, 8 if wide or dropout else 4, 3), dq=(128, 64, 8, 3),
+                dkdv=(32 if wide and dropout and qkv.size(1) % 128 else 64, 128, 8, 3))
 
 
 def launch(kernel, tile, owned, qkv, n_head, *args):
@@ -610,125 +611,94 @@ def linear_cross_entropy_ref(x, weight, targets, reduction="mean", ignore_index=
 def cross_entropy_kernel(
     logits,                     # (N, V), columns from vocab_size on are padding; becomes its own gradient
     targets,                    # (N,) int64
-    g,                          # (N,) fp32, or None: the losses alone
+    scale,                      # () fp32, the gradient that reaches each loss, or None: the losses alone
     losses,                     # (N,) fp32
     ignore_index, vocab_size, V, BLOCK_V: tl.constexpr,
 ):
     n = tl.program_id(0)
     logits += n.to(tl.int64) * V
     target = tl.load(targets + n)
-    cols = tl.arange(0, BLOCK_V)
-    top, total = -float("inf"), 0.0
-    for v in range(0, vocab_size, BLOCK_V):
-        x = tl.load(logits + v + cols, v + cols < vocab_size, -float("inf")).to(tl.float32)
-        higher = tl.maximum(top, tl.max(x, 0))
-        total = total * tl.exp(top - higher) + tl.sum(tl.exp(x - higher), 0)
-        top = higher
-    lse = top + tl.log(total)
     counts = target != ignore_index
+    target = target.to(tl.int32)                        # so that columns are compared in 32 bits
+    cols = tl.arange(0, BLOCK_V)
+    m_i, l_i = -float("inf"), 0.0                       # running maximum, and sum of exp(x - m_i)
+    for v in range(0, V, BLOCK_V):      # loads are masked by V, a multiple of 64: by vocab_size they are 2 bytes wide
+        x = tl.load(logits + v + cols, v + cols < V, 0.0).to(tl.float32)
+        x = tl.where(v + cols < vocab_size, x, -float("inf"))
+        m_ij = tl.maximum(m_i, tl.max(x, 0))
+        l_i = l_i * tl.exp2((m_i - m_ij) * LOG2E) + tl.sum(tl.exp2(x * LOG2E - m_ij * LOG2E), 0)
+        m_i = m_ij
+    lse = m_i + tl.log(l_i)
     hit = tl.load(logits + target, counts, 0.0).to(tl.float32)
     tl.store(losses + n, tl.where(counts, lse - hit, 0.0))
-    if g is not None:
+    if scale is not None:
         tl.debug_barrier()      # every thread has read its logit of the target
-        weight = tl.where(counts, tl.load(g + n), 0.0)
+        g = tl.where(counts, tl.load(scale), 0.0)
         for v in range(0, V, BLOCK_V):
-            x = tl.load(logits + v + cols, v + cols < vocab_size, -float("inf")).to(tl.float32)
-            d = (tl.exp(x - lse) - tl.where(v + cols == target, 1.0, 0.0)) * weight
+            x = tl.load(logits + v + cols, v + cols < V, 0.0).to(tl.float32)
+            p = tl.where(v + cols < vocab_size, tl.exp2(x * LOG2E - lse * LOG2E), 0.0)
+            d = (p - tl.where(v + cols == target, 1.0, 0.0)) * g
             tl.store(logits + v + cols, d.to(logits.dtype.element_ty), v + cols < V)
 
 
 CHUNK = 2**27       # logits that exist at a time: 256 MiB of bf16
 
 
-def cross_entropy_chunks(x, weight, targets, g, ignore_index, vocab_size):
-    """(losses, dx, dw): the (N,) losses and, for g (N,), the gradients of sum_n g_n loss_n, else Nones.
+@custom_op("gpt::linear_cross_entropy", mutates_args=())
+def lce(x: Tensor, weight: Tensor, targets: Tensor, scale: Tensor | None, ignore_index: int, vocab_size: int
+        ) -> tuple[Tensor, Tensor, Tensor]:
+    """(scale * losses.sum(), dx, dweight) or, without `scale`, (losses, empty, empty).
 
-    The logits exist for one chunk of rows at a time.
+    The logits exist for one chunk of rows at a time, and turn into their gradient while at hand.
     """
     N, V = x.size(0), weight.size(0)
-    chunk = triton.cdiv(N, triton.cdiv(N * V, CHUNK))
-    w, targets, g = weight.to(x.dtype), targets.contiguous(), None if g is None else g.contiguous()
+    chunk, block = triton.cdiv(N, triton.cdiv(N * V, CHUNK)), min(8192, triton.next_power_of_2(V))
     losses = x.new_empty(N, dtype=torch.float32)
-    dx, dw = (None, None) if g is None else (torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32))
-    buffer = x.new_empty(chunk, V)
+    dx = x.new_empty(0 if scale is None else x.shape)
+    dw = weight.new_zeros(0 if scale is None else weight.shape, dtype=torch.float32)
+    w, targets, buffer = weight.to(x.dtype), targets.contiguous(), x.new_empty(chunk, V)
     for n in range(0, N, chunk):
         rows = slice(n, min(n + chunk, N))
         logits = torch.mm(x[rows], w.t(), out=buffer[:rows.stop - n])          # (chunk, V)
         with torch.cuda.device_of(x):
-            cross_entropy_kernel[(len(logits),)](
-                logits, targets[rows], None if g is None else g[rows], losses[rows], ignore_index,
-                vocab_size, V, min(4096, triton.next_power_of_2(V)), num_warps=8)
-        if g is not None:       # logits are their gradient now
-            torch.mm(logits, w, out=dx[rows])
-            if x.is_cuda and x.dtype != torch.float32:      # bf16 operands, their products summed in fp32
-                torch.addmm(dw, logits.t(), x[rows], out_dtype=torch.float32, out=dw)
-            else:
-                dw.addmm_(logits.t().float(), x[rows].float())
-    return losses, dx, dw
+            cross_entropy_kernel[(len(logits),)](logits, targets[rows], scale, losses[rows], ignore_index,
+                                                 vocab_size, V, block, num_warps=n_warps(block))
+        if scale is None:
+            continue
+        torch.mm(logits, w, out=dx[rows])
+        if x.is_cuda and x.dtype != torch.float32:      # bf16 operands, their products summed in fp32
+            torch.addmm(dw, logits.t(), x[rows], out_dtype=torch.float32, out=dw)
+        else:
+            dw.addmm_(logits.t().float(), x[rows].float())
+    return losses if scale is None else losses.sum() * scale, dx, dw.to(weight.dtype)
 
 
-@custom_op("gpt::linear_cross_entropy", mutates_args=())
-def lce_losses(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, vocab_size: int) -> Tensor:
-    """The (N,) losses; their gradient computes the logits again."""
-    return cross_entropy_chunks(x, weight, targets, None, ignore_index, vocab_size)[0]
+@lce.register_fake
+def _(x, weight, targets, scale, ignore_index, vocab_size):
+    if scale is None:
+        return x.new_empty(x.size(0), dtype=torch.float32), x.new_empty(0), weight.new_empty(0)
+    return x.new_empty((), dtype=torch.float32), torch.empty_like(x), torch.empty_like(weight)
 
 
-@lce_losses.register_fake
-def _(x, weight, targets, ignore_index, vocab_size):
-    return x.new_empty(x.size(0), dtype=torch.float32)
-
-
-@custom_op("gpt::linear_cross_entropy_sum", mutates_args=())
-def lce_sum(x: Tensor, weight: Tensor, targets: Tensor, g: Tensor, ignore_index: int, vocab_size: int
-            ) -> tuple[Tensor, Tensor, Tensor]:
-    """(sum_n g_n loss_n, dx, dw), the gradients found while the logits are at hand."""
-    losses, dx, dw = cross_entropy_chunks(x, weight, targets, g, ignore_index, vocab_size)
-    return losses @ g, dx, dw.to(weight.dtype)
-
-
-@lce_sum.register_fake
-def _(x, weight, targets, g, ignore_index, vocab_size):
-    return g.new_empty(()), torch.empty_like(x), torch.empty_like(weight)
-
-
-def lce_losses_save(ctx, inputs, output):
-    x, weight, targets, ctx.ignore_index, ctx.vocab_size = inputs
-    ctx.save_for_backward(x, weight, targets)
-
-
-def lce_losses_grad(ctx, g):
-    _, dx, dw = lce_sum(*ctx.saved_tensors, g, ctx.ignore_index, ctx.vocab_size)
-    return dx, dw, None, None, None
-
-
-def lce_sum_save(ctx, inputs, output):
-    ctx.save_for_backward(*output[1:])
-
-
-def lce_sum_grad(ctx, g, _ddx, _ddw):
-    dx, dw = ctx.saved_tensors
-    return dx * g, dw * g, None, None, None, None
-
-
-lce_losses.register_autograd(lce_losses_grad, setup_context=lce_losses_save)
-lce_sum.register_autograd(lce_sum_grad, setup_context=lce_sum_save)
+lce.register_autograd(lambda ctx, g, *_: (*(grad * g for grad in ctx.saved_tensors), None, None, None, None),
+                      setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*output[1:]))
 
 
 def linear_cross_entropy(x, weight, targets, reduction="mean", ignore_index=-1, vocab_size=None):
     """linear_cross_entropy_ref's contract, without ever holding the (N, V) logits.
 
-    The mean finds its gradients in the forward pass, while a chunk's logits are at hand, so that
-    training multiplies by the weight three times, not four (as Liger-Kernel does, arXiv:2410.10989).
+    The mean finds its gradients in the forward pass, while a chunk's logits are at hand: three
+    products with the weight, not four (as Liger-Kernel does, arXiv:2410.10989). "none" is for
+    evaluation and has no gradient.
     """
+    if reduction == "none":
+        x, weight = x.detach(), weight.detach()
     if not use_kernels(x):
         return linear_cross_entropy_ref(x, weight, targets, reduction, ignore_index, vocab_size)
-    vocab_size = vocab_size or weight.size(0)
-    counts = (targets != ignore_index).float()
-    g = counts / counts.sum()
-    if reduction == "mean" and torch.is_grad_enabled():
-        return lce_sum(x, weight, targets, g, ignore_index, vocab_size)[0]
-    losses = lce_losses(x, weight, targets, ignore_index, vocab_size)
-    return losses if reduction == "none" else losses @ g
+    count = (targets != ignore_index).sum()
+    with_gradient = reduction == "mean" and torch.is_grad_enabled()
+    loss = lce(x, weight, targets, 1 / count if with_gradient else None, ignore_index, vocab_size or weight.size(0))[0]
+    return loss if with_gradient or reduction == "none" else loss.sum() / count
 
 
 # ---------------------------------------------------------------------------------------------
@@ -784,13 +754,14 @@ class Attention(nn.Module):
     def forward(self, x, slopes, past=None):
         B, T, C = x.shape
         H, dropout_p = self.config.n_head, self.config.dropout if self.training else 0.0
-        qkv = self.c_attn(x).view(B, T, 3, H, C // H)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                        # each (B, H, T, D), no copy
-        if past is not None:        # k and v of the tokens before, to which these are added: (B, H, S, D)
+        qkv = self.c_attn(x)                                        # (B, T, 3C)
+        if past is None:
+            y = attention_qkv(qkv, H, slopes, dropout_p)            # (B, T, C)
+        else:       # past: k and v of the tokens before, (B, H, S, D) each, to which these are added
+            q, k, v = qkv.view(B, T, 3, H, C // H).permute(2, 0, 3, 1, 4)       # each (B, H, T, D)
             k, v = (torch.cat(pair, dim=2) for pair in zip(past, (k, v))) if past else (k, v)
             past[:] = k, v
-        y = attention(q, k, v, slopes, dropout_p)                   # (B, H, T, D)
-        y = y.transpose(1, 2).reshape(B, T, C)                      # heads side by side again
+            y = attention(q, k, v, slopes).transpose(1, 2).reshape(B, T, C)     # heads side by side again
         return F.dropout(self.c_proj(y), self.config.dropout, self.training)
 
 
