@@ -80,9 +80,6 @@ def n_warps(block):
 #
 #   y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias          over the last dimension
 #
-# The residual form adds first: a pre-LN block does x = x + branch; h = layer_norm(x) at every
-# turn, and one pass over the stream can do both.
-#
 #   with xhat = (x - mean) * rstd and g = dy * weight:
 #   dx = (g - mean(g) - xhat * mean(g * xhat)) * rstd,  dweight = sum dy * xhat,  dbias = sum dy
 
@@ -90,21 +87,20 @@ def n_warps(block):
 def layer_norm_ref(x, weight, bias=None, eps=1e-5, residual=None):
     """Layer normalisation (Ba et al. 2016, arXiv:1607.06450) with fp32 statistics.
 
-    x, residual: (..., C); weight, bias: (C,). Returns (..., C) in x's dtype; with `residual`, the
-    pair (layer_norm(x + residual), x + residual), the sum in the wider of the two dtypes: under
-    autocast a bf16 branch joins an fp32 stream, and what comes back is ready for a bf16 matmul.
+    x, residual: (..., C); weight, bias: (C,). Returns (..., C) in x's dtype. With `residual`, returns
+    (layer_norm(x + residual), x + residual), what a pre-LN block needs, the sum in the wider dtype of
+    the two: under autocast a bf16 branch joins an fp32 stream.
     """
     s = x if residual is None else x + residual
     acc = at_least_fp32(s.dtype)
-    y = F.layer_norm(s.to(acc), weight.shape, weight.to(acc),
-                     None if bias is None else bias.to(acc), eps).to(x.dtype)
+    bias = None if bias is None else bias.to(acc)
+    y = F.layer_norm(s.to(acc), weight.shape, weight.to(acc), bias, eps).to(x.dtype)
     return y if residual is None else (y, s)
 
 
 @jit
 def layer_norm_fwd_kernel(
-    x, residual,                # (N, C); residual may be None
-    weight, bias,               # (C,); bias may be None
+    x, residual, weight, bias,  # (N, C), (N, C) or None, (C,), (C,) or None
     y, s,                       # (N, C): the result, and the sum where there is a residual
     eps, C: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
@@ -115,7 +111,7 @@ def layer_norm_fwd_kernel(
     if residual is not None:
         h = (h + tl.load(residual + at, inside, 0.0).to(tl.float32)).to(s.dtype.element_ty)
         tl.store(s + at, h, inside)
-        h = h.to(tl.float32)                # what the stream holds is what is normalised
+        h = h.to(tl.float32)                # normalise the sum as it is stored
     centred = tl.where(inside, h - tl.sum(h, 0) / C, 0.0)
     rstd = tl.rsqrt(tl.sum(centred * centred, 0) / C + eps)
     out = centred * rstd * tl.load(weight + c, inside, 0.0).to(tl.float32)
@@ -128,8 +124,8 @@ def layer_norm_fwd_kernel(
 def layer_norm_bwd_kernel(
     dy, s, weight,              # (N, C), (N, C), (C,): s is what the forward normalised
     ds,                         # (N, C) or None: the gradient that reaches s by other ways
-    dx, dresidual,              # (N, C): one gradient in two dtypes; dresidual may be None
-    dweight, dbias,             # (programs, C) fp32, each program's share of the sum; dbias may be None
+    dx, dresidual,              # (N, C): the same gradient in two dtypes; dresidual may be None
+    dparams,                    # (2, programs, C) fp32: each program's share of dweight and dbias
     eps, N, C: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
     program, programs = tl.program_id(0), tl.num_programs(0)
@@ -155,74 +151,63 @@ def layer_norm_bwd_kernel(
         if dresidual is not None:
             tl.store(dresidual + at, d.to(dresidual.dtype.element_ty), inside)
         at += programs * C
-    tl.store(dweight + program * C + c, dw, inside)
-    if dbias is not None:
-        tl.store(dbias + program * C + c, db, inside)
+    tl.store(dparams + program * C + c, dw, inside)
+    tl.store(dparams + (programs + program) * C + c, db, inside)
 
 
 @custom_op("gpt::layer_norm", mutates_args=())
 def layer_norm_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float
                    ) -> tuple[Tensor, Tensor]:
-    """(y, s); s is empty where there is no residual."""
+    """(y, s) of contiguous tensors; s is empty where there is no residual."""
     y, s = layer_norm_fwd_like(x, weight, bias, residual, eps)
-    C = x.size(-1)
-    block = triton.next_power_of_2(C)
+    C, block = x.size(-1), triton.next_power_of_2(x.size(-1))
     with torch.cuda.device_of(x):
-        layer_norm_fwd_kernel[(x.numel() // C,)](
-            x.contiguous(), None if residual is None else residual.contiguous(), weight, bias, y, s, eps, C, block,
-            num_warps=n_warps(block))
+        layer_norm_fwd_kernel[x.numel() // C,](
+            x, residual, weight, bias, y, s, eps, C, block, num_warps=n_warps(block))
     return y, s
 
 
 @layer_norm_fwd.register_fake
 def layer_norm_fwd_like(x, weight, bias, residual, eps):
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
     if residual is None:
-        return y, y.new_empty(0)
-    return y, y.new_empty(y.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
+        return torch.empty_like(x), x.new_empty(0)
+    return torch.empty_like(x), torch.empty_like(x, dtype=torch.promote_types(x.dtype, residual.dtype))
 
 
 @custom_op("gpt::layer_norm_backward", mutates_args=())
-def layer_norm_bwd(dy: Tensor, ds: Tensor | None, s: Tensor, weight: Tensor, bias: Tensor | None, eps: float
-                   ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dx, dresidual, dweight, dbias); dresidual is empty where dx serves for both, dbias without bias."""
-    dx, dresidual, dweight, dbias = layer_norm_bwd_like(dy, ds, s, weight, bias, eps)
-    C = s.size(-1)
-    N, block = s.numel() // C, triton.next_power_of_2(C)
+def layer_norm_bwd(dy: Tensor, ds: Tensor | None, s: Tensor, weight: Tensor, eps: float
+                   ) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, dresidual, (dweight, dbias)); dresidual is empty where dx serves for both."""
+    dx, dresidual, _ = layer_norm_bwd_like(dy, ds, s, weight, eps)
+    C, block = s.size(-1), triton.next_power_of_2(s.size(-1))
     processors = torch.cuda.get_device_properties(s.device).multi_processor_count if s.is_cuda else 2
-    programs = min(N, processors * max(1, 8192 // block))           # they fill the device, each takes many rows
-    dw = s.new_empty(programs, C, dtype=torch.float32)
-    db = None if bias is None else torch.empty_like(dw)
+    programs = min(s.numel() // C, processors * max(1, 8192 // block))      # each takes many rows
+    dparams = s.new_empty(2, programs, C, dtype=torch.float32)
     with torch.cuda.device_of(s):
-        layer_norm_bwd_kernel[(programs,)](
-            dy.contiguous(), s, weight, None if ds is None else ds.contiguous(), dx,
-            dresidual if dresidual.numel() else None, dw, db, eps, N, C, block, num_warps=n_warps(block))
-    dweight.copy_(dw.sum(0))
-    if bias is not None:
-        dbias.copy_(db.sum(0))
-    return dx, dresidual, dweight, dbias
+        layer_norm_bwd_kernel[programs,](
+            dy, s, weight, ds, dx, dresidual if dresidual.numel() else None, dparams, eps, s.numel() // C,
+            C, block, num_warps=n_warps(block))
+    return dx, dresidual, dparams.sum(1).to(weight.dtype)
 
 
 @layer_norm_bwd.register_fake
-def layer_norm_bwd_like(dy, ds, s, weight, bias, eps):
-    dx = torch.empty_like(dy, memory_format=torch.contiguous_format)
-    return (dx, s.new_empty(0 if ds is None or s.dtype == dy.dtype else s.shape), torch.empty_like(weight),
-            weight.new_empty(0) if bias is None else torch.empty_like(bias))
+def layer_norm_bwd_like(dy, ds, s, weight, eps):
+    dresidual = s.new_empty(0 if ds is None or s.dtype == dy.dtype else s.shape)
+    return torch.empty_like(dy), dresidual, weight.new_empty(2, s.size(-1))
 
 
 def layer_norm_save(ctx, inputs, output):
-    x, weight, bias, residual, ctx.eps = inputs
-    ctx.residual_dtype = None if residual is None else residual.dtype
-    ctx.save_for_backward((x if residual is None else output[1]).contiguous(), weight, bias)
+    x, weight, ctx.bias, ctx.residual, ctx.eps = inputs
+    ctx.bias, ctx.residual = ctx.bias is not None, None if ctx.residual is None else ctx.residual.dtype
+    ctx.save_for_backward(output[1] if ctx.residual else x, weight)
 
 
 def layer_norm_grad(ctx, dy, ds):
-    s, weight, bias = ctx.saved_tensors
-    ds = None if ctx.residual_dtype is None else ds
-    dx, dresidual, dweight, dbias = layer_norm_bwd(dy, ds, s, weight, bias, ctx.eps)
-    if ds is not None:
-        ds = (dresidual if dresidual.numel() else dx).to(ctx.residual_dtype)
-    return dx, dweight, None if bias is None else dbias, ds, None
+    ds = ds.contiguous() if ctx.residual else None
+    dx, dresidual, (dweight, dbias) = layer_norm_bwd(dy.contiguous(), ds, *ctx.saved_tensors, ctx.eps)
+    if ctx.residual:
+        ds = (dresidual if dresidual.numel() else dx).to(ctx.residual)
+    return dx, dweight, dbias if ctx.bias else None, ds, None
 
 
 layer_norm_fwd.register_autograd(layer_norm_grad, setup_context=layer_norm_save)
@@ -232,8 +217,9 @@ def layer_norm(x, weight, bias=None, eps=1e-5, residual=None):
     """layer_norm_ref's contract, for C up to 8192: one pass over the rows, one more backward."""
     if not use_kernels(x):
         return layer_norm_ref(x, weight, bias, eps, residual)
-    y, s = layer_norm_fwd(x, weight, bias, residual, eps)
-    return y if residual is None else (y, s)
+    if residual is None:
+        return layer_norm_fwd(x.contiguous(), weight, bias, None, eps)[0]
+    return layer_norm_fwd(x.contiguous(), weight, bias, residual.contiguous(), eps)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -243,8 +229,7 @@ def layer_norm(x, weight, bias=None, eps=1e-5, residual=None):
 #   p_ij = exp(s_ij) / sum_j exp(s_ij)              softmax in fp32 whatever the input is
 #   y_i  = sum_j dropout(p_ij) v_j
 #
-#   with dp_ij = dropout(dy_i . v_j) and delta_i = dy_i . y_i:
-#   ds_ij = p_ij (dp_ij - delta_i)
+#   with dp_ij = dropout(dy_i . v_j), delta_i = dy_i . y_i and ds_ij = p_ij (dp_ij - delta_i):
 #   dq_i = sum_j ds_ij k_j / sqrt(D),   dk_j = sum_i ds_ij q_i / sqrt(D),   dv_j = sum_i dropout(p_ij) dy_i
 
 
@@ -252,8 +237,7 @@ def attention_ref(q, k, v, slopes=None, dropout_p=0.0):
     """Causal attention (Vaswani et al. 2017), optionally with ALiBi (Press et al. 2022).
 
     q: (B, H, T, D); k, v: (B, H, S, D), S >= T: the queries are the last T of S positions. slopes:
-    (H,) or None. Returns (B, H, T, D) in v's dtype. With bf16 inputs the products q k^T are rounded
-    to bf16 before they meet the bias and the softmax in fp32.
+    (H,) or None. Returns (B, H, T, D) in v's dtype. With bf16 inputs q k^T is rounded to bf16.
     """
     T, D = q.shape[-2:]
     i = torch.arange(k.size(2), device=q.device, dtype=at_least_fp32(q.dtype))
@@ -266,16 +250,18 @@ def attention_ref(q, k, v, slopes=None, dropout_p=0.0):
 
 
 # The kernels follow FlashAttention-2 (Dao 2023, arXiv:2307.08691). A program owns M rows (or, for dk
-# and dv, N columns) of one head and walks over the other side in tiles. The forward keeps the softmax
-# as a running maximum m_i and sum l_i. The backward makes two passes, dq then dk and dv. No two
-# programs write to the same place: there are no atomics, and results repeat bit for bit.
+# and dv, N columns) of one head and walks over the other side in tiles, those that the diagonal cuts
+# last. No two programs write to the same place: no atomics, and results repeat bit for bit.
 #
-# Scores are in base 2, because exp2 is the instruction the hardware has: log2(e) is part of `scale`.
-# A score is scaled in the same multiply-add that subtracts the maximum, so slopes are divided by it.
+# Scores are in base 2, because exp2 is what the hardware has: log2(e) is part of `scale`. They are
+# scaled in the multiply-add that subtracts the maximum, so slopes are divided by `scale`.
 #
-# ALiBi adds slope * (j - start), where start is the row's number rounded down to a multiple of 128.
-# Within a row this differs from slope * (j - i) by a constant, which softmax ignores. It needs no
+# ALiBi adds slope * (j - m // 128 * 128), m the tile's first row. Within a row this differs from
+# slope * (j - i) by a constant, which softmax ignores. It is the same in all three kernels, needs no
 # term per row, and stays small enough for fp32 where weights are large.
+#
+# The causal mask is i >= j + shift, with shift = n - m counted apart: the loop's variable itself is
+# widened to 64 bits for the addresses, and every comparison would be too.
 
 
 @jit
@@ -295,7 +281,8 @@ def tile_at(x, start, ROWS: tl.constexpr, stride, T, D: tl.constexpr, BLOCK_D: t
 
 
 @jit
-def load_tile(x, start, ROWS: tl.constexpr, stride, T, D: tl.constexpr, BLOCK_D: tl.constexpr, EDGE: tl.constexpr):
+def load_tile(x, start, ROWS: tl.constexpr, stride, T, D: tl.constexpr, BLOCK_D: tl.constexpr,
+              EDGE: tl.constexpr):
     """A tile of x, zero beyond D and beyond T, which only a tile with EDGE may reach."""
     at, inside = tile_at(x, start, ROWS, stride, T, D, BLOCK_D)
     if EDGE or D < BLOCK_D:
@@ -305,34 +292,27 @@ def load_tile(x, start, ROWS: tl.constexpr, stride, T, D: tl.constexpr, BLOCK_D:
 
 
 @jit
-def store_tile(x, tile, start, ROWS: tl.constexpr, stride, T, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    at, inside = tile_at(x, start, ROWS, stride, T, D, BLOCK_D)
-    tl.store(at, tile.to(x.dtype.element_ty), inside)
-
-
-@jit
 def this_head(slopes, seed, scale, T, H: tl.constexpr, D: tl.constexpr):
-    """Of this program: its head among B * H, where that starts in qkv and in y, its slope, dropout's key.
+    """Of this program: the offsets of its head in lse, qkv and y, its slope, and its key for dropout.
 
-    The grid is (heads of a group, tiles, groups). Programs start in this order, so those at work
-    share the keys of one group of heads, which fit in the L2 cache.
+    The grid is (heads of a group, tiles, groups), and programs start in this order: those at work
+    share the k and v of one group of heads, which fit in the L2 cache.
     """
     bh = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
     b, h = (bh // H).to(tl.int64), bh % H
     slope = 0.0 if slopes is None else tl.load(slopes + h) * (LOG2E / scale)
     key = 0 if seed is None else tl.randint(tl.load(seed), bh).to(tl.uint32, bitcast=True)
-    return bh, (b * T * 3 * H + h) * D, (b * T * H + h) * D, slope, key
+    return bh * (tl.cdiv(T, 128) * 128), (b * T * 3 * H + h) * D, (b * T * H + h) * D, slope, key
 
 
 @jit
 def dropout_mask(key, dropout_p, m, i, n, j):
-    """Booleans: which weights of rows m + i and columns n + j survive dropout; i and j broadcast.
+    """Which weights of rows m + i and columns n + j survive dropout, by (seed, head, row, column) alone.
 
-    A function of (seed, head, row, column) alone: no tile size changes it. One call of Philox 2x32
-    (Salmon et al. 2011; 7 rounds pass their tests) gives 16 bits to each of the four weights in rows
-    i, i + 8 and columns j, j + 8. A thread that holds one of them after a matrix instruction holds
-    all four, also where the tile is transposed: the compiler makes the call once for the four, and
-    no bits move between threads.
+    One call of Philox 2x32 (Salmon et al. 2011; 7 rounds pass their tests) gives 16 bits to each of
+    the four weights in rows i, i + 8 and columns j, j + 8. After a matrix instruction one thread holds
+    all four, also where the tile is transposed: the compiler makes the call once, and nothing moves
+    between threads.
     """
     a, b = (m + (i - (i & 8))).to(tl.uint32), (n + (j - (j & 8))).to(tl.uint32)
     for _ in tl.static_range(7):
@@ -345,24 +325,21 @@ def dropout_mask(key, dropout_p, m, i, n, j):
 
 @jit
 def attention_fwd_kernel(
-    qkv,                        # (B, T, 3, H, D)
-    slopes,                     # (H,) fp32 or None
+    qkv, slopes,                # (B, T, 3, H, D); (H,) fp32 or None
     seed, dropout_p,            # (1,) int64 or None for no dropout; a multiple of 2^-16
-    y,                          # (B, T, H, D)
-    lse,                        # (B, H, T rounded up to 128) fp32: log2 sum_j 2^s_ij
+    y, lse,                     # (B, T, H, D); (B, H, T rounded up to 128) fp32: log2 sum_j 2^s_ij
     scale, T, H: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, EDGE: tl.constexpr,
 ):
-    tl.static_assert(M % N == 0 and 128 % M == 0)
-    bh, q_at, y_at, slope, key = this_head(slopes, seed, scale, T, H, D)
+    lse_at, q_at, y_at, slope, key = this_head(slopes, seed, scale, T, H, D)
     q, k, v = qkv + q_at, qkv + q_at + H * D, qkv + q_at + 2 * H * D
     m = (tl.num_programs(1) - 1 - tl.program_id(1)) * M     # the longest rows first
     i, j = tl.arange(0, M)[:, None], tl.arange(0, N)[None, :]
     q_m = load_tile(q, m, M, 3 * H * D, T, D, BLOCK_D, EDGE)
     acc = tl.zeros((M, BLOCK_D), tl.float32)
-    l_i = tl.zeros((M,), tl.float32)
-    m_i = tl.full((M,), -float("inf"), tl.float32)
-    for diagonal in tl.static_range(2):                 # tiles left of the diagonal, then those on it
+    l_i = tl.zeros((M,), tl.float32)                    # running sum_j p_ij
+    m_i = tl.full((M,), -float("inf"), tl.float32)      # running max_j s_ij
+    for diagonal in tl.static_range(2):
         shift = 0 if diagonal else -m
         for n in range(m if diagonal else 0, min(m + M, T) if diagonal else m, N):
             k_n = load_tile(k, n, N, 3 * H * D, T, D, BLOCK_D, EDGE and diagonal)
@@ -381,32 +358,31 @@ def attention_fwd_kernel(
             v_n = load_tile(v, n, N, 3 * H * D, T, D, BLOCK_D, EDGE and diagonal)
             acc = dot(p.to(v_n.dtype), v_n, acc * alpha[:, None])
             shift += N
-    tl.store(lse + bh * (tl.cdiv(T, 128) * 128) + m + tl.arange(0, M), m_i + tl.log2(l_i))
-    store_tile(y + y_at, acc / (l_i * (1 - dropout_p))[:, None], m, M, H * D, T, D, BLOCK_D)
+    tl.store(lse + lse_at + m + tl.arange(0, M), m_i + tl.log2(l_i))
+    at, inside = tile_at(y + y_at, m, M, H * D, T, D, BLOCK_D)
+    tl.store(at, (acc / (l_i * (1 - dropout_p))[:, None]).to(y.dtype.element_ty), inside)
 
 
 @jit
 def attention_bwd_dq_kernel(
     qkv, slopes, seed, dropout_p, y, lse,       # as the forward had and left them
-    dy,                         # (B, T, H, D)
-    dqkv,                       # (B, T, 3, H, D)
-    delta,                      # like lse: dy . y * (1 - dropout_p), written here for the pass over columns
+    dy, dqkv,                   # like y, like qkv
+    delta,                      # like lse: dy . y * (1 - dropout_p), for the pass over columns
     scale, T, H: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, EDGE: tl.constexpr,
 ):
-    tl.static_assert(M % N == 0 and 128 % M == 0)
-    bh, q_at, y_at, slope, key = this_head(slopes, seed, scale, T, H, D)
+    lse_at, q_at, y_at, slope, key = this_head(slopes, seed, scale, T, H, D)
     q, k, v = qkv + q_at, qkv + q_at + H * D, qkv + q_at + 2 * H * D
     m = (tl.num_programs(1) - 1 - tl.program_id(1)) * M
     i, j = tl.arange(0, M)[:, None], tl.arange(0, N)[None, :]
     q_m = load_tile(q, m, M, 3 * H * D, T, D, BLOCK_D, EDGE)
     dy_m = load_tile(dy + y_at, m, M, H * D, T, D, BLOCK_D, EDGE)
     y_m = load_tile(y + y_at, m, M, H * D, T, D, BLOCK_D, EDGE)
-    stats = bh * (tl.cdiv(T, 128) * 128) + m + tl.arange(0, M)
-    lse_m = tl.load(lse + stats)
+    rows = lse_at + m + tl.arange(0, M)
+    lse_m = tl.load(lse + rows)
     delta_m = tl.sum(dy_m.to(tl.float32) * y_m.to(tl.float32), 1) * (1 - dropout_p)
-    tl.store(delta + stats, delta_m)
-    acc = tl.zeros((M, BLOCK_D), tl.float32)
+    tl.store(delta + rows, delta_m)
+    dq = tl.zeros((M, BLOCK_D), tl.float32)
     for diagonal in tl.static_range(2):
         shift = 0 if diagonal else -m
         for n in range(m if diagonal else 0, min(m + M, T) if diagonal else m, N):
@@ -422,20 +398,19 @@ def attention_bwd_dq_kernel(
             if seed is not None:
                 dp = tl.where(dropout_mask(key, dropout_p, m, i, n, j), dp, 0.0)
             ds = p * (dp - delta_m[:, None])
-            acc = dot(ds.to(k_n.dtype), k_n, acc)
+            dq = dot(ds.to(k_n.dtype), k_n, dq)
             shift += N
-    store_tile(dqkv + q_at, acc * (scale / LOG2E / (1 - dropout_p)), m, M, 3 * H * D, T, D, BLOCK_D)
+    at, inside = tile_at(dqkv + q_at, m, M, 3 * H * D, T, D, BLOCK_D)
+    tl.store(at, (dq * (scale / LOG2E / (1 - dropout_p))).to(dqkv.dtype.element_ty), inside)
 
 
 @jit
 def attention_bwd_dkdv_kernel(
-    qkv, slopes, seed, dropout_p, y, lse,       # as the forward had and left them
-    dy, dqkv, delta,                            # as for dq
+    qkv, slopes, seed, dropout_p, y, lse, dy, dqkv, delta,      # as for dq
     scale, T, H: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, EDGE: tl.constexpr,
 ):
-    tl.static_assert(N % M == 0 and 128 % N == 0)
-    bh, q_at, y_at, slope, key = this_head(slopes, seed, scale, T, H, D)
+    lse_at, q_at, y_at, slope, key = this_head(slopes, seed, scale, T, H, D)
     q, k, v = qkv + q_at, qkv + q_at + H * D, qkv + q_at + 2 * H * D
     n = tl.program_id(1) * N                            # the longest columns first
     i, j = tl.arange(0, M)[None, :], tl.arange(0, N)[:, None]       # tiles are transposed: (N, M)
@@ -443,30 +418,30 @@ def attention_bwd_dkdv_kernel(
     v_n = load_tile(v, n, N, 3 * H * D, T, D, BLOCK_D, EDGE)
     dk = tl.zeros((N, BLOCK_D), tl.float32)
     dv = tl.zeros((N, BLOCK_D), tl.float32)
-    for diagonal in tl.static_range(2):                 # tiles below the diagonal, then those on it
+    for diagonal in tl.static_range(2):
         shift = 0 if diagonal else -N
         for m in range(n if diagonal else n + N, min(n + N, T) if diagonal else T, M):
-            stats = bh * (tl.cdiv(T, 128) * 128) + m + tl.arange(0, M)
+            rows = lse_at + m + tl.arange(0, M)
             q_m = load_tile(q, m, M, 3 * H * D, T, D, BLOCK_D, EDGE)
             dy_m = load_tile(dy + y_at, m, M, H * D, T, D, BLOCK_D, EDGE)
             s = dot(k_n, tl.trans(q_m))                 # (N, M)
             if slopes is not None:
                 s += slope * (n - m // 128 * 128) + slope * j
             dp = dot(v_n, tl.trans(dy_m))
-            p = tl.exp2(s * scale - tl.load(lse + stats)[None, :])
+            p = tl.exp2(s * scale - tl.load(lse + rows)[None, :])
             if diagonal:
                 p = tl.where(i >= j + shift, p, 0.0)
-            kept = p
-            if seed is not None:
+            dropped_p = p
+            if seed is not None:        # dropped from both at once: to keep the mask would take registers
                 mask = dropout_mask(key, dropout_p, m, i, n, j)
-                kept, dp = tl.where(mask, p, 0.0), tl.where(mask, dp, 0.0)
-            ds = p * (dp - tl.load(delta + stats)[None, :])
-            dv = dot(kept.to(dy_m.dtype), dy_m, dv)
+                dropped_p, dp = tl.where(mask, p, 0.0), tl.where(mask, dp, 0.0)
+            ds = p * (dp - tl.load(delta + rows)[None, :])
+            dv = dot(dropped_p.to(dy_m.dtype), dy_m, dv)
             dk = dot(ds.to(q_m.dtype), q_m, dk)
             shift -= M
-    dqkv += q_at
-    store_tile(dqkv + H * D, dk * (scale / LOG2E / (1 - dropout_p)), n, N, 3 * H * D, T, D, BLOCK_D)
-    store_tile(dqkv + 2 * H * D, dv / (1 - dropout_p), n, N, 3 * H * D, T, D, BLOCK_D)
+    at, inside = tile_at(dqkv + q_at, n, N, 3 * H * D, T, D, BLOCK_D)
+    tl.store(at + H * D, (dk * (scale / LOG2E / (1 - dropout_p))).to(dqkv.dtype.element_ty), inside)
+    tl.store(at + 2 * H * D, (dv / (1 - dropout_p)).to(dqkv.dtype.element_ty), inside)
 
 
 def is_hopper(x):
@@ -476,62 +451,65 @@ def is_hopper(x):
 def tiles(qkv, D, dropout):
     """(M, N, warps, stages) of the three kernels: large, but spilling no register (tests/tools/aot.py).
 
-    They are fixed, not tuned at run time: another choice rounds differently, and a run that is
-    resumed must end with the same bits. Before Hopper they fit the 99 KB of a 24 GB card.
+    They are fixed, not tuned at run time: other tiles round differently, and a resumed run must end
+    with the same bits. Before Hopper they fit the 99 KB of a 24 GB card. With 2 stages no load is
+    started before the loop waits for it.
     """
     wide = D > 64
     if qkv.dtype == torch.float32:
         tile = (16, 16, 8, 1) if wide else (32, 32, 4, 1)
         return dict(fwd=tile, dq=tile, dkdv=(16, 16, 4, 1))
     if not is_hopper(qkv):
-        return dict(fwd=(64, 64, 4, 3), dq=(64, 32, 4, 3), dkdv=(32, 32, 4, 3) if dropout else (32, 64, 8, 3))
+        return dict(fwd=(64, 64, 4, 3), dq=(64, 32, 4, 3),
+                    dkdv=(32, 32, 4, 3) if dropout else (32, 64, 8, 3))
     return dict(fwd=(128, 64, 8 if wide or dropout else 4, 3), dq=(128, 64, 8, 3),
                 dkdv=(32 if wide and dropout and qkv.size(1) % 128 else 64, 128, 8, 3))
 
 
-def launch(kernel, tile, owned, qkv, n_head, *args):
-    """Run a kernel whose programs own `owned` rows or columns each."""
-    B, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
-    M, N, num_warps, num_stages = tile
-    D = C // n_head
-    heads = max(1, 3 * 2**22 // (2 * T * D * qkv.element_size()))       # whose k and v are 12 MiB
-    groups = next(g for g in range(triton.cdiv(B * n_head, heads), B * n_head + 1) if B * n_head % g == 0)
-    grid = B * n_head // groups, triton.cdiv(T, owned), groups
+CACHED = 12 * 2**20     # bytes of k and v that the L2 cache is left to hold
+
+
+def launch(kernel, name, qkv, n_head, slopes, seed, *args):
+    B, T, C3 = qkv.shape
+    D, BH = C3 // 3 // n_head, B * n_head
+    M, N, num_warps, num_stages = tiles(qkv, D, seed is not None)[name]
+    own = max(M, N)             # rows, or for dk and dv columns, of a program
+    fit = max(1, CACHED // (2 * T * D * qkv.element_size()))            # heads whose k and v it holds
+    groups = next(n for n in range(triton.cdiv(BH, fit), BH + 1) if BH % n == 0)
     with torch.cuda.device_of(qkv):
-        kernel[grid](qkv, *args, LOG2E / math.sqrt(D), T, n_head, D, max(16, triton.next_power_of_2(D)), M, N,
-                     T % max(M, N) > 0, num_warps=num_warps, num_stages=num_stages)
+        kernel[BH // groups, triton.cdiv(T, own), groups](
+            qkv, slopes, seed, *args, LOG2E / math.sqrt(D), T, n_head, D, max(16, triton.next_power_of_2(D)),
+            M, N, T % own > 0, num_warps=num_warps, num_stages=num_stages)
 
 
 @custom_op("gpt::attention", mutates_args=())
 def attention_fwd(qkv: Tensor, n_head: int, slopes: Tensor | None, seed: Tensor | None, dropout_p: float
                   ) -> tuple[Tensor, Tensor]:
-    """(y, lse) of a contiguous qkv (B, T, 3C): y is (B, T, C), heads side by side."""
-    y, lse = attention_fwd_like(qkv, n_head, slopes, seed, dropout_p)
-    tile = tiles(qkv, y.size(2) // n_head, seed is not None)["fwd"]
-    launch(attention_fwd_kernel, tile, tile[0], qkv, n_head, slopes, seed, dropout_p, y, lse)
+    """(y, lse) of a contiguous qkv (B, T, 3C); y is (B, T, C)."""
+    y, lse = attention_fwd_like(qkv, n_head)
+    launch(attention_fwd_kernel, "fwd", qkv, n_head, slopes, seed, dropout_p, y, lse)
     return y, lse
 
 
 @attention_fwd.register_fake
-def attention_fwd_like(qkv, n_head, slopes, seed, dropout_p):
+def attention_fwd_like(qkv, n_head, *_):
     B, T, C3 = qkv.shape
-    return qkv.new_empty(B, T, C3 // 3), qkv.new_empty(B, n_head, (T + 127) // 128 * 128, dtype=torch.float32)
+    lse = qkv.new_empty(B, n_head, (T + 127) // 128 * 128, dtype=torch.float32)
+    return qkv.new_empty(B, T, C3 // 3), lse
 
 
 @custom_op("gpt::attention_backward", mutates_args=())
-def attention_bwd(dy: Tensor, qkv: Tensor, n_head: int, slopes: Tensor | None, seed: Tensor | None, dropout_p: float,
-                  y: Tensor, lse: Tensor) -> Tensor:
+def attention_bwd(dy: Tensor, qkv: Tensor, slopes: Tensor | None, seed: Tensor | None, y: Tensor, lse: Tensor,
+                  n_head: int, dropout_p: float) -> Tensor:
     """dqkv (B, T, 3C)."""
-    dqkv, delta, tile = torch.empty_like(qkv), torch.empty_like(lse), tiles(qkv, y.size(2) // n_head, seed is not None)
-    args = qkv, n_head, slopes, seed, dropout_p, y, lse, dy.contiguous(), dqkv, delta
-    launch(attention_bwd_dq_kernel, tile["dq"], tile["dq"][0], *args)
-    launch(attention_bwd_dkdv_kernel, tile["dkdv"], tile["dkdv"][1], *args)
+    dqkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
+    args = qkv, n_head, slopes, seed, dropout_p, y, lse, dy, dqkv, delta
+    launch(attention_bwd_dq_kernel, "dq", *args)
+    launch(attention_bwd_dkdv_kernel, "dkdv", *args)
     return dqkv
 
 
-@attention_bwd.register_fake
-def _(dy, qkv, n_head, slopes, seed, dropout_p, y, lse):
-    return torch.empty_like(qkv)
+attention_bwd.register_fake(lambda dy, qkv, *_: torch.empty_like(qkv))
 
 
 def attention_save(ctx, inputs, output):
@@ -540,8 +518,7 @@ def attention_save(ctx, inputs, output):
 
 
 def attention_grad(ctx, dy, _dlse):
-    qkv, slopes, seed, y, lse = ctx.saved_tensors
-    return attention_bwd(dy, qkv, ctx.n_head, slopes, seed, ctx.dropout_p, y, lse), None, None, None, None
+    return attention_bwd(dy.contiguous(), *ctx.saved_tensors, ctx.n_head, ctx.dropout_p), None, None, None, None
 
 
 attention_fwd.register_autograd(attention_grad, setup_context=attention_save)
@@ -550,9 +527,9 @@ attention_fwd.register_autograd(attention_grad, setup_context=attention_save)
 def attention_qkv(qkv, n_head, slopes=None, dropout_p=0.0):
     """`attention` on the output of one projection: qkv (B, T, 3C) -> (B, T, C), heads side by side.
 
-    The kernels take memory in O(T), D up to 128 (ModelError beyond), and round nothing to bf16 but
-    the weights p on their way to v. dropout_p is rounded to a multiple of 2^-16; the mask follows
-    from torch's generator of the device.
+    The kernels take memory in O(T) and D up to 128 (ModelError beyond), and round nothing to bf16 but
+    the weights on their way to v. dropout_p is rounded to a multiple of 2^-16; torch's generator of
+    the device gives the seed.
     """
     B, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
     if not use_kernels(qkv):
@@ -622,7 +599,7 @@ def cross_entropy_kernel(
     target = target.to(tl.int32)                        # so that columns are compared in 32 bits
     cols = tl.arange(0, BLOCK_V)
     m_i, l_i = -float("inf"), 0.0                       # running maximum, and sum of exp(x - m_i)
-    for v in range(0, V, BLOCK_V):      # loads are masked by V, a multiple of 64: by vocab_size they are 2 bytes wide
+    for v in range(0, V, BLOCK_V):      # masked by V, a multiple of 64, so that loads are 16 bytes wide
         x = tl.load(logits + v + cols, v + cols < V, 0.0).to(tl.float32)
         x = tl.where(v + cols < vocab_size, x, -float("inf"))
         m_ij = tl.maximum(m_i, tl.max(x, 0))
@@ -697,7 +674,8 @@ def linear_cross_entropy(x, weight, targets, reduction="mean", ignore_index=-1, 
         return linear_cross_entropy_ref(x, weight, targets, reduction, ignore_index, vocab_size)
     count = (targets != ignore_index).sum()
     with_gradient = reduction == "mean" and torch.is_grad_enabled()
-    loss = lce(x, weight, targets, 1 / count if with_gradient else None, ignore_index, vocab_size or weight.size(0))[0]
+    scale = 1 / count if with_gradient else None
+    loss = lce(x, weight, targets, scale, ignore_index, vocab_size or weight.size(0))[0]
     return loss if with_gradient or reduction == "none" else loss.sum() / count
 
 
@@ -761,7 +739,7 @@ class Attention(nn.Module):
             q, k, v = qkv.view(B, T, 3, H, C // H).permute(2, 0, 3, 1, 4)       # each (B, H, T, D)
             k, v = (torch.cat(pair, dim=2) for pair in zip(past, (k, v))) if past else (k, v)
             past[:] = k, v
-            y = attention(q, k, v, slopes).transpose(1, 2).reshape(B, T, C)     # heads side by side again
+            y = attention(q, k, v, slopes, dropout_p).transpose(1, 2).reshape(B, T, C)
         return F.dropout(self.c_proj(y), self.config.dropout, self.training)
 
 
