@@ -460,7 +460,7 @@ def tiles(qkv, D, dropout):
         tile = (16, 16, 8, 1) if wide else (32, 32, 4, 1)
         return dict(fwd=tile, dq=tile, dkdv=(16, 16, 4, 1))
     if not is_hopper(qkv):
-        return dict(fwd=(64, 64, 4, 3), dq=(64, 32, 4, 3),
+        return dict(fwd=(128, 32, 8, 3) if wide else (64, 64, 4, 3), dq=(64, 32, 4, 3),
                     dkdv=(32, 32, 4, 3) if dropout else (32, 64, 8, 3))
     return dict(fwd=(128, 64, 8 if wide or dropout else 4, 3), dq=(128, 64, 8, 3),
                 dkdv=(32 if wide and dropout and qkv.size(1) % 128 else 64, 128, 8, 3))
@@ -494,7 +494,7 @@ def attention_fwd(qkv: Tensor, n_head: int, slopes: Tensor | None, seed: Tensor 
 @attention_fwd.register_fake
 def attention_fwd_like(qkv, n_head, *_):
     B, T, C3 = qkv.shape
-    lse = qkv.new_empty(B, n_head, (T + 127) // 128 * 128, dtype=torch.float32)
+    lse = qkv.new_zeros(B, n_head, (T + 127) // 128 * 128, dtype=torch.float32)
     return qkv.new_empty(B, T, C3 // 3), lse
 
 

@@ -311,17 +311,17 @@ def test_gradients_that_are_views_are_read_by_their_strides():
 
 def small(dropout=0.0, **shape):
     torch.manual_seed(0)
-    return GPT(GPTConfig(block_size=40, vocab_size=70, n_layer=2, n_head=3, n_embd=96, dropout=dropout, **shape))
+    return GPT(GPTConfig(block_size=40, vocab_size=70, n_layer=1, n_head=2, n_embd=32, dropout=dropout, **shape))
 
 
 @pytest.mark.parametrize("shape", [dict(pos="alibi", bias=False), dict(pos="learned")])
 def test_the_model_compiles_without_a_graph_break(shape):
-    model, idx = small(**shape), torch.randint(0, 70, (2, 41))
+    model, idx = small(**shape), torch.randint(0, 70, (1, 35))
     loss = model(idx[:, :-1], idx[:, 1:])
     loss.backward()
     grads = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
-    compiled = torch.compile(model, fullgraph=True)
+    compiled = torch.compile(model, fullgraph=True, backend="inductor" if DEVICE == "cuda" else "aot_eager")
     again = compiled(idx[:, :-1], idx[:, 1:])
     again.backward()
     torch.testing.assert_close(again, loss)
@@ -330,7 +330,7 @@ def test_the_model_compiles_without_a_graph_break(shape):
 
 
 def test_dropout_repeats_with_torchs_seed():
-    model, idx = small(0.2, pos="alibi"), torch.randint(0, 70, (2, 41))
+    model, idx = small(0.2, pos="alibi"), torch.randint(0, 70, (1, 35))
     losses = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
@@ -341,7 +341,7 @@ def test_dropout_repeats_with_torchs_seed():
 @pytest.mark.parametrize("bf16", [False, True])
 def test_training_is_the_same_with_kernels_and_references(bf16, monkeypatch):
     """20 steps of AdamW on the same batches."""
-    idx, curves = torch.randint(0, 70, (20, 1, 34)), []
+    idx, curves = torch.randint(0, 70, (20, 1, 20)), []
     for use_kernels in (m.use_kernels, lambda x: False):
         monkeypatch.setattr(m, "use_kernels", use_kernels)
         model, losses = small(pos="alibi", bias=False), []
