@@ -499,8 +499,8 @@ def attention_fwd_like(qkv, n_head, *_):
 
 
 @custom_op("gpt::attention_backward", mutates_args=())
-def attention_bwd(dy: Tensor, qkv: Tensor, slopes: Tensor | None, seed: Tensor | None, y: Tensor, lse: Tensor,
-                  n_head: int, dropout_p: float) -> Tensor:
+def attention_bwd(dy: Tensor, qkv: Tensor, slopes: Tensor | None, seed: Tensor | None, y: Tensor,
+                  lse: Tensor, n_head: int, dropout_p: float) -> Tensor:
     """dqkv (B, T, 3C)."""
     dqkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
     args = qkv, n_head, slopes, seed, dropout_p, y, lse, dy, dqkv, delta
@@ -518,7 +518,8 @@ def attention_save(ctx, inputs, output):
 
 
 def attention_grad(ctx, dy, _dlse):
-    return attention_bwd(dy.contiguous(), *ctx.saved_tensors, ctx.n_head, ctx.dropout_p), None, None, None, None
+    dqkv = attention_bwd(dy.contiguous(), *ctx.saved_tensors, ctx.n_head, ctx.dropout_p)
+    return dqkv, None, None, None, None
 
 
 attention_fwd.register_autograd(attention_grad, setup_context=attention_save)
