@@ -537,7 +537,7 @@ def attention_qkv(qkv, n_head, slopes=None, dropout_p=0.0):
         q, k, v = qkv.view(B, T, 3, n_head, C // n_head).permute(2, 0, 3, 1, 4)     # each (B, H, T, D)
         return attention_ref(q, k, v, slopes, dropout_p).transpose(1, 2).reshape(B, T, C)
     if C // n_head > 128:
-        raise ModelError(f"heads of {C // n_head} channels: the attention kernels take up to 128; raise n_head")
+        raise ModelError(f"heads of {C // n_head} channels: the kernels take up to 128; raise n_head")
     dropout_p = min(round(dropout_p * 2**16), 2**16 - 1) / 2**16
     seed = torch.randint(2**31, (1,), device=qkv.device) if dropout_p else None
     return attention_fwd(qkv.contiguous(), n_head, slopes, seed, dropout_p)[0]
