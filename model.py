@@ -79,9 +79,6 @@ def n_warps(block):
 #
 #   y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias          over the last dimension
 #
-# The residual form adds first: a pre-LN block does x = x + branch; h = layer_norm(x) at every
-# turn, and one pass over the stream can do both.
-#
 #   with xhat = (x - mean) * rstd and g = dy * weight:
 #   dx = (g - mean(g) - xhat * mean(g * xhat)) * rstd,  dweight = sum dy * xhat,  dbias = sum dy
 
@@ -89,21 +86,20 @@ def n_warps(block):
 def layer_norm_ref(x, weight, bias=None, eps=1e-5, residual=None):
     """Layer normalisation (Ba et al. 2016, arXiv:1607.06450) with fp32 statistics.
 
-    x, residual: (..., C); weight, bias: (C,). Returns (..., C) in x's dtype; with `residual`, the
-    pair (layer_norm(x + residual), x + residual), the sum in the wider of the two dtypes: under
-    autocast a bf16 branch joins an fp32 stream, and what comes back is ready for a bf16 matmul.
+    x, residual: (..., C); weight, bias: (C,). Returns (..., C) in x's dtype. With `residual`, returns
+    (layer_norm(x + residual), x + residual), what a pre-LN block needs, the sum in the wider dtype of
+    the two: under autocast a bf16 branch joins an fp32 stream.
     """
     s = x if residual is None else x + residual
     acc = at_least_fp32(s.dtype)
-    y = F.layer_norm(s.to(acc), weight.shape, weight.to(acc),
-                     None if bias is None else bias.to(acc), eps).to(x.dtype)
+    bias = None if bias is None else bias.to(acc)
+    y = F.layer_norm(s.to(acc), weight.shape, weight.to(acc), bias, eps).to(x.dtype)
     return y if residual is None else (y, s)
 
 
 @jit
 def layer_norm_fwd_kernel(
-    x, residual,                # (N, C); residual may be None
-    weight, bias,               # (C,); bias may be None
+    x, residual, weight, bias,  # (N, C), (N, C) or None, (C,), (C,) or None
     y, s,                       # (N, C): the result, and the sum where there is a residual
     eps, C: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
@@ -114,7 +110,7 @@ def layer_norm_fwd_kernel(
     if residual is not None:
         h = (h + tl.load(residual + at, inside, 0.0).to(tl.float32)).to(s.dtype.element_ty)
         tl.store(s + at, h, inside)
-        h = h.to(tl.float32)                # what the stream holds is what is normalised
+        h = h.to(tl.float32)                # normalise the sum as it is stored
     centred = tl.where(inside, h - tl.sum(h, 0) / C, 0.0)
     rstd = tl.rsqrt(tl.sum(centred * centred, 0) / C + eps)
     out = centred * rstd * tl.load(weight + c, inside, 0.0).to(tl.float32)
@@ -127,8 +123,8 @@ def layer_norm_fwd_kernel(
 def layer_norm_bwd_kernel(
     dy, s, weight,              # (N, C), (N, C), (C,): s is what the forward normalised
     ds,                         # (N, C) or None: the gradient that reaches s by other ways
-    dx, dresidual,              # (N, C): one gradient in two dtypes; dresidual may be None
-    dweight, dbias,             # (programs, C) fp32, each program's share of the sum; dbias may be None
+    dx, dresidual,              # (N, C): the same gradient in two dtypes; dresidual may be None
+    dparams,                    # (2, programs, C) fp32: each program's share of dweight and dbias
     eps, N, C: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
     program, programs = tl.program_id(0), tl.num_programs(0)
@@ -154,74 +150,63 @@ def layer_norm_bwd_kernel(
         if dresidual is not None:
             tl.store(dresidual + at, d.to(dresidual.dtype.element_ty), inside)
         at += programs * C
-    tl.store(dweight + program * C + c, dw, inside)
-    if dbias is not None:
-        tl.store(dbias + program * C + c, db, inside)
+    tl.store(dparams + program * C + c, dw, inside)
+    tl.store(dparams + (programs + program) * C + c, db, inside)
 
 
 @custom_op("gpt::layer_norm", mutates_args=())
 def layer_norm_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float
                    ) -> tuple[Tensor, Tensor]:
-    """(y, s); s is empty where there is no residual."""
+    """(y, s) of contiguous tensors; s is empty where there is no residual."""
     y, s = layer_norm_fwd_like(x, weight, bias, residual, eps)
-    C = x.size(-1)
-    block = triton.next_power_of_2(C)
+    C, block = x.size(-1), triton.next_power_of_2(x.size(-1))
     with torch.cuda.device_of(x):
-        layer_norm_fwd_kernel[(x.numel() // C,)](
-            x.contiguous(), None if residual is None else residual.contiguous(), weight, bias, y, s, eps, C, block,
-            num_warps=n_warps(block))
+        layer_norm_fwd_kernel[x.numel() // C,](
+            x, residual, weight, bias, y, s, eps, C, block, num_warps=n_warps(block))
     return y, s
 
 
 @layer_norm_fwd.register_fake
 def layer_norm_fwd_like(x, weight, bias, residual, eps):
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
     if residual is None:
-        return y, y.new_empty(0)
-    return y, y.new_empty(y.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
+        return torch.empty_like(x), x.new_empty(0)
+    return torch.empty_like(x), torch.empty_like(x, dtype=torch.promote_types(x.dtype, residual.dtype))
 
 
 @custom_op("gpt::layer_norm_backward", mutates_args=())
-def layer_norm_bwd(dy: Tensor, ds: Tensor | None, s: Tensor, weight: Tensor, bias: Tensor | None, eps: float
-                   ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dx, dresidual, dweight, dbias); dresidual is empty where dx serves for both, dbias without bias."""
-    dx, dresidual, dweight, dbias = layer_norm_bwd_like(dy, ds, s, weight, bias, eps)
-    C = s.size(-1)
-    N, block = s.numel() // C, triton.next_power_of_2(C)
+def layer_norm_bwd(dy: Tensor, ds: Tensor | None, s: Tensor, weight: Tensor, eps: float
+                   ) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, dresidual, (dweight, dbias)); dresidual is empty where dx serves for both."""
+    dx, dresidual, _ = layer_norm_bwd_like(dy, ds, s, weight, eps)
+    C, block = s.size(-1), triton.next_power_of_2(s.size(-1))
     processors = torch.cuda.get_device_properties(s.device).multi_processor_count if s.is_cuda else 2
-    programs = min(N, processors * max(1, 8192 // block))           # they fill the device, each takes many rows
-    dw = s.new_empty(programs, C, dtype=torch.float32)
-    db = None if bias is None else torch.empty_like(dw)
+    programs = min(s.numel() // C, processors * max(1, 8192 // block))      # each takes many rows
+    dparams = s.new_empty(2, programs, C, dtype=torch.float32)
     with torch.cuda.device_of(s):
-        layer_norm_bwd_kernel[(programs,)](
-            dy.contiguous(), s, weight, None if ds is None else ds.contiguous(), dx,
-            dresidual if dresidual.numel() else None, dw, db, eps, N, C, block, num_warps=n_warps(block))
-    dweight.copy_(dw.sum(0))
-    if bias is not None:
-        dbias.copy_(db.sum(0))
-    return dx, dresidual, dweight, dbias
+        layer_norm_bwd_kernel[programs,](
+            dy, s, weight, ds, dx, dresidual if dresidual.numel() else None, dparams, eps, s.numel() // C,
+            C, block, num_warps=n_warps(block))
+    return dx, dresidual, dparams.sum(1).to(weight.dtype)
 
 
 @layer_norm_bwd.register_fake
-def layer_norm_bwd_like(dy, ds, s, weight, bias, eps):
-    dx = torch.empty_like(dy, memory_format=torch.contiguous_format)
-    return (dx, s.new_empty(0 if ds is None or s.dtype == dy.dtype else s.shape), torch.empty_like(weight),
-            weight.new_empty(0) if bias is None else torch.empty_like(bias))
+def layer_norm_bwd_like(dy, ds, s, weight, eps):
+    dresidual = s.new_empty(0 if ds is None or s.dtype == dy.dtype else s.shape)
+    return torch.empty_like(dy), dresidual, weight.new_empty(2, s.size(-1))
 
 
 def layer_norm_save(ctx, inputs, output):
-    x, weight, bias, residual, ctx.eps = inputs
-    ctx.residual_dtype = None if residual is None else residual.dtype
-    ctx.save_for_backward((x if residual is None else output[1]).contiguous(), weight, bias)
+    x, weight, ctx.bias, ctx.residual, ctx.eps = inputs
+    ctx.bias, ctx.residual = ctx.bias is not None, None if ctx.residual is None else ctx.residual.dtype
+    ctx.save_for_backward(output[1] if ctx.residual else x, weight)
 
 
 def layer_norm_grad(ctx, dy, ds):
-    s, weight, bias = ctx.saved_tensors
-    ds = None if ctx.residual_dtype is None else ds
-    dx, dresidual, dweight, dbias = layer_norm_bwd(dy, ds, s, weight, bias, ctx.eps)
-    if ds is not None:
-        ds = (dresidual if dresidual.numel() else dx).to(ctx.residual_dtype)
-    return dx, dweight, None if bias is None else dbias, ds, None
+    ds = ds.contiguous() if ctx.residual else None
+    dx, dresidual, (dweight, dbias) = layer_norm_bwd(dy.contiguous(), ds, *ctx.saved_tensors, ctx.eps)
+    if ctx.residual:
+        ds = (dresidual if dresidual.numel() else dx).to(ctx.residual)
+    return dx, dweight, dbias if ctx.bias else None, ds, None
 
 
 layer_norm_fwd.register_autograd(layer_norm_grad, setup_context=layer_norm_save)
@@ -231,8 +216,9 @@ def layer_norm(x, weight, bias=None, eps=1e-5, residual=None):
     """layer_norm_ref's contract, for C up to 8192: one pass over the rows, one more backward."""
     if not use_kernels(x):
         return layer_norm_ref(x, weight, bias, eps, residual)
-    y, s = layer_norm_fwd(x, weight, bias, residual, eps)
-    return y if residual is None else (y, s)
+    if residual is None:
+        return layer_norm_fwd(x.contiguous(), weight, bias, None, eps)[0]
+    return layer_norm_fwd(x.contiguous(), weight, bias, residual.contiguous(), eps)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -242,8 +228,7 @@ def layer_norm(x, weight, bias=None, eps=1e-5, residual=None):
 #   p_ij = exp(s_ij) / sum_j exp(s_ij)              softmax in fp32 whatever the input is
 #   y_i  = sum_j dropout(p_ij) v_j
 #
-#   with dp_ij = dropout(dy_i . v_j) and delta_i = dy_i . y_i:
-#   ds_ij = p_ij (dp_ij - delta_i)
+#   with dp_ij = dropout(dy_i . v_j), delta_i = dy_i . y_i and ds_ij = p_ij (dp_ij - delta_i):
 #   dq_i = sum_j ds_ij k_j / sqrt(D),   dk_j = sum_i ds_ij q_i / sqrt(D),   dv_j = sum_i dropout(p_ij) dy_i
 
 
@@ -251,8 +236,7 @@ def attention_ref(q, k, v, slopes=None, dropout_p=0.0):
     """Causal attention (Vaswani et al. 2017), optionally with ALiBi (Press et al. 2022).
 
     q: (B, H, T, D); k, v: (B, H, S, D), S >= T: the queries are the last T of S positions. slopes:
-    (H,) or None. Returns (B, H, T, D) in v's dtype. With bf16 inputs the products q k^T are rounded
-    to bf16 before they meet the bias and the softmax in fp32.
+    (H,) or None. Returns (B, H, T, D) in v's dtype. With bf16 inputs q k^T is rounded to bf16.
     """
     T, D = q.shape[-2:]
     i = torch.arange(k.size(2), device=q.device, dtype=at_least_fp32(q.dtype))
@@ -264,14 +248,19 @@ def attention_ref(q, k, v, slopes=None, dropout_p=0.0):
     return p.to(v.dtype) @ v
 
 
-# The kernels follow FlashAttention-2 (Dao 2023, arXiv:2307.08691): a program owns a tile of rows
-# (or, for dk and dv, of columns), walks over the other side, and keeps the softmax as a running
-# maximum and sum. The backward makes two passes, dq then dk and dv, each program writing what no
-# other writes: no atomics, so results repeat bit for bit.
+# The kernels follow FlashAttention-2 (Dao 2023, arXiv:2307.08691). A program owns M rows (or, for dk
+# and dv, N columns) of one head and walks over the other side in tiles, those that the diagonal cuts
+# last. No two programs write to the same place: no atomics, and results repeat bit for bit.
 #
-# Scores are kept in base 2: exp2 is the instruction that the hardware has, and log2(e) hides in
-# the scale. ALiBi adds slope * (j - m), m the first row of the tile: within a row it differs from
-# slope * (j - i) by a constant, which softmax ignores, and it stays small where weights are large.
+# Scores are in base 2, because exp2 is what the hardware has: log2(e) is part of `scale`. They are
+# scaled in the multiply-add that subtracts the maximum, so slopes are divided by `scale`.
+#
+# ALiBi adds slope * (j - m // 128 * 128), m the tile's first row. Within a row this differs from
+# slope * (j - i) by a constant, which softmax ignores. It is the same in all three kernels, needs no
+# term per row, and stays small enough for fp32 where weights are large.
+#
+# The causal mask is i >= j + shift, with shift = n - m counted apart: the loop's variable itself is
+# widened to 64 bits for the addresses, and every comparison would be too.
 
 
 @jit
@@ -283,270 +272,283 @@ def dot(a, b, acc=None):
 
 
 @jit
-def load_tile(x, rows, stride, T, D: tl.constexpr, BLOCK_D: tl.constexpr, EDGE: tl.constexpr):
-    """Rows of x (T, D) as (rows, BLOCK_D), zero beyond D and, where EDGE says they may reach it, T."""
-    d = tl.arange(0, BLOCK_D)
-    at = x + rows[:, None] * stride + d[None, :]
-    if EDGE:
-        return tl.load(at, (rows < T)[:, None] & (d < D)[None, :], 0.0)
-    elif D < BLOCK_D:
-        return tl.load(at, (d < D)[None, :], 0.0)
+def tile_at(x, start, ROWS: tl.constexpr, stride, T, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows start, start + 1, ... of x (T, D) as (ROWS, BLOCK_D): pointers, and which of them lie inside."""
+    row, d = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK_D)[None, :]
+    x += tl.cast(start, tl.int64) * stride
+    return x + row * stride + d, (start + row < T) & (d < D)
+
+
+@jit
+def load_tile(x, start, ROWS: tl.constexpr, stride, T, D: tl.constexpr, BLOCK_D: tl.constexpr,
+              EDGE: tl.constexpr):
+    """A tile of x, zero beyond D and beyond T, which only a tile with EDGE may reach."""
+    at, inside = tile_at(x, start, ROWS, stride, T, D, BLOCK_D)
+    if EDGE or D < BLOCK_D:
+        return tl.load(at, inside if EDGE else (tl.arange(0, BLOCK_D) < D)[None, :], 0.0)
     else:
         return tl.load(at)
 
 
 @jit
-def store_tile(x, tile, rows, stride, T, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    d = tl.arange(0, BLOCK_D)
-    at = x + rows[:, None] * stride + d[None, :]
-    tl.store(at, tile.to(x.dtype.element_ty), (rows < T)[:, None] & (d < D)[None, :])
+def this_head(slopes, seed, scale, T, H: tl.constexpr, D: tl.constexpr):
+    """Of this program: the offsets of its head in lse, qkv and y, its slope, and its key for dropout.
+
+    The grid is (heads of a group, tiles, groups), and programs start in this order: those at work
+    share the k and v of one group of heads, which fit in the L2 cache.
+    """
+    bh = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+    b, h = (bh // H).to(tl.int64), bh % H
+    slope = 0.0 if slopes is None else tl.load(slopes + h) * (LOG2E / scale)
+    key = 0 if seed is None else tl.randint(tl.load(seed), bh).to(tl.uint32, bitcast=True)
+    return bh * (tl.cdiv(T, 128) * 128), (b * T * 3 * H + h) * D, (b * T * H + h) * D, slope, key
 
 
 @jit
-def kept(seed, bh, m, n, drop, M: tl.constexpr, N: tl.constexpr):
-    """(M, N) booleans: which weights of rows m.. and columns n.. survive dropout.
+def dropout_mask(key, dropout_p, m, i, n, j):
+    """Which weights of rows m + i and columns n + j survive dropout, by (seed, head, row, column) alone.
 
-    A function of (seed, head, row, column) alone, so no tile size changes it. One call of Philox
-    (Salmon et al. 2011; 7 rounds pass their tests) gives 128 bits, 16 for each of 8 columns.
+    One call of Philox 2x32 (Salmon et al. 2011; 7 rounds pass their tests) gives 16 bits to each of
+    the four weights in rows i, i + 8 and columns j, j + 8. After a matrix instruction one thread holds
+    all four, also where the tile is transposed: the compiler makes the call once, and nothing moves
+    between threads.
     """
-    rows = (m + tl.arange(0, M))[:, None]
-    groups = (n // 8 + tl.arange(0, N // 8))[None, :]
-    zero = 0 * rows + 0 * groups
-    r0, r1, r2, r3 = tl.philox(tl.load(seed), groups + zero, rows + zero, bh + zero, zero, n_rounds=7)
-    words = tl.join(tl.join(r0, r2), tl.join(r1, r3))                   # (M, N / 8, 2, 2)
-    halves = tl.join(words & 0xFFFF, words >> 16)                       # (M, N / 8, 2, 2, 2)
-    return tl.reshape(halves.to(tl.int32) >= drop, (M, N))
+    a, b = (m + (i - (i & 8))).to(tl.uint32), (n + (j - (j & 8))).to(tl.uint32)
+    for _ in tl.static_range(7):
+        a, b = tl.umulhi(a, 0xD256D193) ^ key ^ b, a * 0xD256D193
+        key += 0x9E3779B9
+    word = tl.where((j & 8) == 0, a, b)
+    word = tl.where((i & 8) == 0, word, word << 16)     # its upper 16 bits decide
+    return word >= tl.cast(dropout_p * 2**32, tl.uint32)
 
 
 @jit
 def attention_fwd_kernel(
-    q, k, v,                    # (B, H, T, D), each with strides (batch, head, row, 1)
-    slopes,                     # (H,) fp32 or None
-    seed, drop,                 # (1,) int64 or None for no dropout; drop / 65536 of the weights go
-    y,                          # (B, T, H, D) contiguous
-    lse,                        # (B, H, T) fp32: log2 sum_j 2^s_ij
-    batch, head, row, H, T, scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, EDGE: tl.constexpr,
+    qkv, slopes,                # (B, T, 3, H, D); (H,) fp32 or None
+    seed, dropout_p,            # (1,) int64 or None for no dropout; a multiple of 2^-16
+    y, lse,                     # (B, T, H, D); (B, H, T rounded up to 128) fp32: log2 sum_j 2^s_ij
+    scale, T, H: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, EDGE: tl.constexpr,
 ):
-    tl.static_assert(M % N == 0)
-    bh, m = tl.program_id(0), (tl.num_programs(1) - 1 - tl.program_id(1)) * M      # longest rows first
-    b, h = (bh // H).to(tl.int64), bh % H
-    rows, cols = m + tl.arange(0, M), tl.arange(0, N)
-    q, k, v = q + b * batch + h * head, k + b * batch + h * head, v + b * batch + h * head
-    slope = 0.0 if slopes is None else tl.load(slopes + h) * LOG2E
-    slant = slope * cols
-    qm = load_tile(q, rows, row, T, D, BLOCK_D, EDGE)
-    acc = tl.zeros((M, BLOCK_D), tl.float32)            # sum_j p_ij v_j
-    total = tl.zeros((M,), tl.float32)                  # sum_j p_ij
-    top = tl.full((M,), -float("inf"), tl.float32)      # max_j s_ij
-    for diagonal in tl.static_range(2):                 # columns left of the diagonal tile, then its own
+    lse_at, q_at, y_at, slope, key = this_head(slopes, seed, scale, T, H, D)
+    q, k, v = qkv + q_at, qkv + q_at + H * D, qkv + q_at + 2 * H * D
+    m = (tl.num_programs(1) - 1 - tl.program_id(1)) * M     # the longest rows first
+    i, j = tl.arange(0, M)[:, None], tl.arange(0, N)[None, :]
+    q_m = load_tile(q, m, M, 3 * H * D, T, D, BLOCK_D, EDGE)
+    acc = tl.zeros((M, BLOCK_D), tl.float32)
+    l_i = tl.zeros((M,), tl.float32)                    # running sum_j p_ij
+    m_i = tl.full((M,), -float("inf"), tl.float32)      # running max_j s_ij
+    for diagonal in tl.static_range(2):
+        shift = 0 if diagonal else -m
         for n in range(m if diagonal else 0, min(m + M, T) if diagonal else m, N):
-            kn = load_tile(k, n + cols, row, T, D, BLOCK_D, EDGE and diagonal)
-            s = dot(qm, tl.trans(kn)) * scale        # (M, N)
+            k_n = load_tile(k, n, N, 3 * H * D, T, D, BLOCK_D, EDGE and diagonal)
+            s = dot(q_m, tl.trans(k_n))                 # (M, N)
             if slopes is not None:
-                s += (slant + slope * (n - m))[None, :]
+                s += slope * (n - m // 128 * 128) + slope * j
             if diagonal:
-                s = tl.where(rows[:, None] >= n + cols[None, :], s, -float("inf"))
-            higher = tl.maximum(top, tl.max(s, 1))
-            fade = tl.exp2(top - higher)
-            p = tl.exp2(s - higher[:, None])
-            total = total * fade + tl.sum(p, 1)
-            top = higher
+                s = tl.where(i >= j + shift, s, -float("inf"))
+            m_ij = tl.maximum(m_i, tl.max(s, 1) * scale)
+            alpha = tl.exp2(m_i - m_ij)
+            p = tl.exp2(s * scale - m_ij[:, None])
+            l_i = l_i * alpha + tl.sum(p, 1)
+            m_i = m_ij
             if seed is not None:
-                p = tl.where(kept(seed, bh, m, n, drop, M, N), p, 0.0)
-            vn = load_tile(v, n + cols, row, T, D, BLOCK_D, EDGE and diagonal)
-            acc = dot(p.to(vn.dtype), vn, acc * fade[:, None])
-    boost = 65536 / (65536 - drop)                      # the weights that are kept count for more
-    tl.store(lse + bh * T + rows, top + tl.log2(total) - slope * (rows // 64 * 64 - m), rows < T)
-    store_tile(y + (b * T * H + h) * D, acc * (boost / total)[:, None], rows, H * D, T, D, BLOCK_D)
+                p = tl.where(dropout_mask(key, dropout_p, m, i, n, j), p, 0.0)
+            v_n = load_tile(v, n, N, 3 * H * D, T, D, BLOCK_D, EDGE and diagonal)
+            acc = dot(p.to(v_n.dtype), v_n, acc * alpha[:, None])
+            shift += N
+    tl.store(lse + lse_at + m + tl.arange(0, M), m_i + tl.log2(l_i))
+    at, inside = tile_at(y + y_at, m, M, H * D, T, D, BLOCK_D)
+    tl.store(at, (acc / (l_i * (1 - dropout_p))[:, None]).to(y.dtype.element_ty), inside)
 
 
 @jit
 def attention_bwd_dq_kernel(
-    q, k, v, slopes, seed, drop, y, lse,        # as the forward had and left them
-    dy, dq,                     # (B, T, H, D) contiguous
-    delta,                      # (B, H, T) fp32: dy . y / boost, written here for the pass over the columns
-    batch, head, row, H, T, scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, EDGE: tl.constexpr,
+    qkv, slopes, seed, dropout_p, y, lse,       # as the forward had and left them
+    dy, dqkv,                   # like y, like qkv
+    delta,                      # like lse: dy . y * (1 - dropout_p), for the pass over columns
+    scale, T, H: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, EDGE: tl.constexpr,
 ):
-    tl.static_assert(M % N == 0)
-    bh, m = tl.program_id(0), (tl.num_programs(1) - 1 - tl.program_id(1)) * M
-    b, h = (bh // H).to(tl.int64), bh % H
-    rows, cols = m + tl.arange(0, M), tl.arange(0, N)
-    q, k, v = q + b * batch + h * head, k + b * batch + h * head, v + b * batch + h * head
-    at = (b * T * H + h) * D
-    slope = 0.0 if slopes is None else tl.load(slopes + h) * LOG2E
-    slant = slope * cols
-    boost = 65536 / (65536 - drop)
-    qm = load_tile(q, rows, row, T, D, BLOCK_D, EDGE)
-    dym = load_tile(dy + at, rows, H * D, T, D, BLOCK_D, EDGE)
-    ym = load_tile(y + at, rows, H * D, T, D, BLOCK_D, EDGE)
-    delta_m = tl.sum(dym.to(tl.float32) * ym.to(tl.float32), 1) / boost
-    tl.store(delta + bh * T + rows, delta_m, rows < T)
-    lse_m = tl.load(lse + bh * T + rows, rows < T, 0.0) + slope * (rows // 64 * 64 - m)
-    acc = tl.zeros((M, BLOCK_D), tl.float32)
+    lse_at, q_at, y_at, slope, key = this_head(slopes, seed, scale, T, H, D)
+    q, k, v = qkv + q_at, qkv + q_at + H * D, qkv + q_at + 2 * H * D
+    m = (tl.num_programs(1) - 1 - tl.program_id(1)) * M
+    i, j = tl.arange(0, M)[:, None], tl.arange(0, N)[None, :]
+    q_m = load_tile(q, m, M, 3 * H * D, T, D, BLOCK_D, EDGE)
+    dy_m = load_tile(dy + y_at, m, M, H * D, T, D, BLOCK_D, EDGE)
+    y_m = load_tile(y + y_at, m, M, H * D, T, D, BLOCK_D, EDGE)
+    rows = lse_at + m + tl.arange(0, M)
+    lse_m = tl.load(lse + rows)
+    delta_m = tl.sum(dy_m.to(tl.float32) * y_m.to(tl.float32), 1) * (1 - dropout_p)
+    tl.store(delta + rows, delta_m)
+    dq = tl.zeros((M, BLOCK_D), tl.float32)
     for diagonal in tl.static_range(2):
+        shift = 0 if diagonal else -m
         for n in range(m if diagonal else 0, min(m + M, T) if diagonal else m, N):
-            kn = load_tile(k, n + cols, row, T, D, BLOCK_D, EDGE and diagonal)
-            vn = load_tile(v, n + cols, row, T, D, BLOCK_D, EDGE and diagonal)
-            s = dot(qm, tl.trans(kn)) * scale        # (M, N)
+            k_n = load_tile(k, n, N, 3 * H * D, T, D, BLOCK_D, EDGE and diagonal)
+            v_n = load_tile(v, n, N, 3 * H * D, T, D, BLOCK_D, EDGE and diagonal)
+            s = dot(q_m, tl.trans(k_n))                 # (M, N)
             if slopes is not None:
-                s += (slant + slope * (n - m))[None, :]
-            p = tl.exp2(s - lse_m[:, None])
+                s += slope * (n - m // 128 * 128) + slope * j
+            p = tl.exp2(s * scale - lse_m[:, None])
             if diagonal:
-                p = tl.where(rows[:, None] >= n + cols[None, :], p, 0.0)
-            dp = dot(dym, tl.trans(vn))
+                p = tl.where(i >= j + shift, p, 0.0)
+            dp = dot(dy_m, tl.trans(v_n))
             if seed is not None:
-                dp = tl.where(kept(seed, bh, m, n, drop, M, N), dp, 0.0)
+                dp = tl.where(dropout_mask(key, dropout_p, m, i, n, j), dp, 0.0)
             ds = p * (dp - delta_m[:, None])
-            acc = dot(ds.to(kn.dtype), kn, acc)
-    store_tile(dq + at, acc * (scale / LOG2E * boost), rows, H * D, T, D, BLOCK_D)
+            dq = dot(ds.to(k_n.dtype), k_n, dq)
+            shift += N
+    at, inside = tile_at(dqkv + q_at, m, M, 3 * H * D, T, D, BLOCK_D)
+    tl.store(at, (dq * (scale / LOG2E / (1 - dropout_p))).to(dqkv.dtype.element_ty), inside)
 
 
 @jit
 def attention_bwd_dkdv_kernel(
-    q, k, v, slopes, seed, drop, lse,           # as the forward had and left them
-    dy, dk, dv,                 # (B, T, H, D) contiguous
-    delta,                      # (B, H, T) fp32
-    batch, head, row, H, T, scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, EDGE: tl.constexpr,
+    qkv, slopes, seed, dropout_p, y, lse, dy, dqkv, delta,      # as for dq
+    scale, T, H: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, EDGE: tl.constexpr,
 ):
-    tl.static_assert(N % M == 0 and 64 % M == 0)
-    bh, n = tl.program_id(0), tl.program_id(1) * N      # longest columns first
-    b, h = (bh // H).to(tl.int64), bh % H
-    cols = n + tl.arange(0, N)
-    q, k, v = q + b * batch + h * head, k + b * batch + h * head, v + b * batch + h * head
-    at = (b * T * H + h) * D
-    dy += at
-    slope = 0.0 if slopes is None else tl.load(slopes + h) * LOG2E
-    slant = slope * tl.arange(0, N)
-    boost = 65536 / (65536 - drop)
-    kn = load_tile(k, cols, row, T, D, BLOCK_D, EDGE)
-    vn = load_tile(v, cols, row, T, D, BLOCK_D, EDGE)
-    dkn = tl.zeros((N, BLOCK_D), tl.float32)
-    dvn = tl.zeros((N, BLOCK_D), tl.float32)
-    for diagonal in tl.static_range(2):                 # the rows below the diagonal tile, then its own
+    lse_at, q_at, y_at, slope, key = this_head(slopes, seed, scale, T, H, D)
+    q, k, v = qkv + q_at, qkv + q_at + H * D, qkv + q_at + 2 * H * D
+    n = tl.program_id(1) * N                            # the longest columns first
+    i, j = tl.arange(0, M)[None, :], tl.arange(0, N)[:, None]       # tiles are transposed: (N, M)
+    k_n = load_tile(k, n, N, 3 * H * D, T, D, BLOCK_D, EDGE)
+    v_n = load_tile(v, n, N, 3 * H * D, T, D, BLOCK_D, EDGE)
+    dk = tl.zeros((N, BLOCK_D), tl.float32)
+    dv = tl.zeros((N, BLOCK_D), tl.float32)
+    for diagonal in tl.static_range(2):
+        shift = 0 if diagonal else -N
         for m in range(n if diagonal else n + N, min(n + N, T) if diagonal else T, M):
-            rows = m + tl.arange(0, M)
-            qm = load_tile(q, rows, row, T, D, BLOCK_D, EDGE)
-            dym = load_tile(dy, rows, H * D, T, D, BLOCK_D, EDGE)
-            lse_m = tl.load(lse + bh * T + rows, rows < T, 0.0)
-            s = dot(kn, tl.trans(qm)) * scale                           # (N, M), transposed
+            rows = lse_at + m + tl.arange(0, M)
+            q_m = load_tile(q, m, M, 3 * H * D, T, D, BLOCK_D, EDGE)
+            dy_m = load_tile(dy + y_at, m, M, H * D, T, D, BLOCK_D, EDGE)
+            s = dot(k_n, tl.trans(q_m))                 # (N, M)
             if slopes is not None:
-                s += (slant + slope * (n - m // 64 * 64))[:, None]
-            p = tl.exp2(s - lse_m[None, :])
+                s += slope * (n - m // 128 * 128) + slope * j
+            dp = dot(v_n, tl.trans(dy_m))
+            p = tl.exp2(s * scale - tl.load(lse + rows)[None, :])
             if diagonal:
-                p = tl.where(rows[None, :] >= cols[:, None], p, 0.0)
-            keep = None if seed is None else tl.trans(kept(seed, bh, m, n, drop, M, N))
-            dvn = dot((p if seed is None else tl.where(keep, p, 0.0)).to(dym.dtype), dym, dvn)
-            dp = dot(vn, tl.trans(dym))
-            delta_m = tl.load(delta + bh * T + rows, rows < T, 0.0)
-            ds = p * ((dp if seed is None else tl.where(keep, dp, 0.0)) - delta_m[None, :])
-            dkn = dot(ds.to(qm.dtype), qm, dkn)
-    store_tile(dk + at, dkn * (scale / LOG2E * boost), cols, H * D, T, D, BLOCK_D)
-    store_tile(dv + at, dvn * boost, cols, H * D, T, D, BLOCK_D)
+                p = tl.where(i >= j + shift, p, 0.0)
+            dropped_p = p
+            if seed is not None:        # dropped from both at once: to keep the mask would take registers
+                mask = dropout_mask(key, dropout_p, m, i, n, j)
+                dropped_p, dp = tl.where(mask, p, 0.0), tl.where(mask, dp, 0.0)
+            ds = p * (dp - tl.load(delta + rows)[None, :])
+            dv = dot(dropped_p.to(dy_m.dtype), dy_m, dv)
+            dk = dot(ds.to(q_m.dtype), q_m, dk)
+            shift -= M
+    at, inside = tile_at(dqkv + q_at, n, N, 3 * H * D, T, D, BLOCK_D)
+    tl.store(at + H * D, (dk * (scale / LOG2E / (1 - dropout_p))).to(dqkv.dtype.element_ty), inside)
+    tl.store(at + 2 * H * D, (dv / (1 - dropout_p)).to(dqkv.dtype.element_ty), inside)
 
 
 def is_hopper(x):
     return x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
 
 
-def tiles(q, dropout):
+def tiles(qkv, D, dropout):
     """(M, N, warps, stages) of the three kernels: large, but spilling no register (tests/tools/aot.py).
 
-    They are fixed, not tuned at run time: another choice rounds differently, and a run that is
-    resumed must end with the same bits. Before Hopper they fit the 99 KB of a 24 GB card.
+    They are fixed, not tuned at run time: other tiles round differently, and a resumed run must end
+    with the same bits. Before Hopper they fit the 99 KB of a 24 GB card. With 2 stages no load is
+    started before the loop waits for it.
     """
-    T, D = q.shape[2:]
-    wide, masked = D > 64, T % 128 > 0 or D & (D - 1) > 0       # masked loads and dropout take registers
-    if q.dtype == torch.float32:
+    wide = D > 64
+    if qkv.dtype == torch.float32:
         tile = (16, 16, 8, 1) if wide else (32, 32, 4, 1)
         return dict(fwd=tile, dq=tile, dkdv=(16, 16, 4, 1))
-    if not is_hopper(q):
-        return dict(fwd=(64, 64, 4, 2), dq=(64, 32, 4, 2), dkdv=(32, 32, 4, 2) if dropout else (32, 64, 8, 2))
-    return dict(fwd=(128, 64, 8 if wide or dropout else 4, 3), dq=(128, 64, 8, 2 if wide else 3),
-                dkdv=(32 if wide and (dropout or masked) else 64, 128, 8, 2))
+    if not is_hopper(qkv):
+        return dict(fwd=(128, 32, 8, 3) if wide else (64, 64, 4, 3), dq=(64, 32, 4, 3),
+                    dkdv=(32, 32, 4, 3) if dropout else (32, 64, 8, 3))
+    return dict(fwd=(128, 64, 8 if wide or dropout else 4, 3), dq=(128, 64, 8, 3),
+                dkdv=(32 if wide and dropout and qkv.size(1) % 128 else 64, 128, 8, 3))
 
 
-def launch(kernel, tile, q, *args, by="M"):
-    B, H, T, D = q.shape
-    M, N, num_warps, num_stages = tile
-    edge = T % max(M, N) > 0
-    with torch.cuda.device_of(q):
-        kernel[(B * H, triton.cdiv(T, M if by == "M" else N))](
-            q, *args, *q.stride()[:3], H, T, LOG2E / math.sqrt(D), D, max(16, triton.next_power_of_2(D)), M, N, edge,
-            num_warps=num_warps, num_stages=num_stages)
+CACHED = 12 * 2**20     # bytes of k and v that the L2 cache is left to hold
 
 
-def alike(q, k, v):
-    """q, k, v with equal strides, the last 1: three slices of one projection are so and stay as they are."""
-    if q.stride() == k.stride() == v.stride() and q.stride(3) == 1:
-        return q, k, v
-    return q.contiguous(), k.contiguous(), v.contiguous()
+def launch(kernel, name, qkv, n_head, slopes, seed, *args):
+    B, T, C3 = qkv.shape
+    D, BH = C3 // 3 // n_head, B * n_head
+    M, N, num_warps, num_stages = tiles(qkv, D, seed is not None)[name]
+    own = max(M, N)             # rows, or for dk and dv columns, of a program
+    fit = max(1, CACHED // (2 * T * D * qkv.element_size()))            # heads whose k and v it holds
+    groups = next(n for n in range(triton.cdiv(BH, fit), BH + 1) if BH % n == 0)
+    with torch.cuda.device_of(qkv):
+        kernel[BH // groups, triton.cdiv(T, own), groups](
+            qkv, slopes, seed, *args, LOG2E / math.sqrt(D), T, n_head, D, max(16, triton.next_power_of_2(D)),
+            M, N, T % own > 0, num_warps=num_warps, num_stages=num_stages)
 
 
 @custom_op("gpt::attention", mutates_args=())
-def attention_fwd(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, seed: Tensor | None, drop: int
+def attention_fwd(qkv: Tensor, n_head: int, slopes: Tensor | None, seed: Tensor | None, dropout_p: float
                   ) -> tuple[Tensor, Tensor]:
-    """(y, lse): y is (B, H, T, D) in the memory order (B, T, H, D), heads side by side."""
-    y, lse = attention_fwd_outputs(q, k, v, slopes, seed, drop)
-    q, k, v = alike(q, k, v)
-    launch(attention_fwd_kernel, tiles(q, drop > 0)["fwd"], q, k, v, slopes, seed, drop, y, lse)
+    """(y, lse) of a contiguous qkv (B, T, 3C); y is (B, T, C)."""
+    y, lse = attention_fwd_like(qkv, n_head)
+    launch(attention_fwd_kernel, "fwd", qkv, n_head, slopes, seed, dropout_p, y, lse)
     return y, lse
 
 
 @attention_fwd.register_fake
-def attention_fwd_outputs(q, k, v, slopes, seed, drop):
-    B, H, T, D = q.shape
-    return q.new_empty(B, T, H, D).transpose(1, 2), q.new_empty(B, H, T, dtype=torch.float32)
+def attention_fwd_like(qkv, n_head, *_):
+    B, T, C3 = qkv.shape
+    lse = qkv.new_zeros(B, n_head, (T + 127) // 128 * 128, dtype=torch.float32)
+    return qkv.new_empty(B, T, C3 // 3), lse
 
 
 @custom_op("gpt::attention_backward", mutates_args=())
-def attention_bwd(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, seed: Tensor | None, drop: int,
-                  y: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = attention_bwd_outputs(dy, q, k, v, slopes, seed, drop, y, lse)
-    q, k, v = alike(q, k, v)
-    y, dy = (t.transpose(1, 2).contiguous() for t in (y, dy))                  # (B, T, H, D)
-    delta, tile = torch.empty_like(lse), tiles(q, drop > 0)
-    launch(attention_bwd_dq_kernel, tile["dq"], q, k, v, slopes, seed, drop, y, lse, dy, dq, delta)
-    launch(attention_bwd_dkdv_kernel, tile["dkdv"], q, k, v, slopes, seed, drop, lse, dy, dk, dv, delta, by="N")
-    return dq, dk, dv
+def attention_bwd(dy: Tensor, qkv: Tensor, slopes: Tensor | None, seed: Tensor | None, y: Tensor,
+                  lse: Tensor, n_head: int, dropout_p: float) -> Tensor:
+    """dqkv (B, T, 3C)."""
+    dqkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
+    args = qkv, n_head, slopes, seed, dropout_p, y, lse, dy, dqkv, delta
+    launch(attention_bwd_dq_kernel, "dq", *args)
+    launch(attention_bwd_dkdv_kernel, "dkdv", *args)
+    return dqkv
 
 
-@attention_bwd.register_fake
-def attention_bwd_outputs(dy, q, k, v, slopes, seed, drop, y, lse):
-    B, H, T, D = q.shape
-    return tuple(q.new_empty(B, T, H, D).transpose(1, 2) for _ in range(3))
+attention_bwd.register_fake(lambda dy, qkv, *_: torch.empty_like(qkv))
 
 
 def attention_save(ctx, inputs, output):
-    q, k, v, slopes, seed, ctx.drop = inputs
-    ctx.save_for_backward(q, k, v, slopes, seed, *output)
+    qkv, ctx.n_head, slopes, seed, ctx.dropout_p = inputs
+    ctx.save_for_backward(qkv, slopes, seed, *output)
 
 
 def attention_grad(ctx, dy, _dlse):
-    q, k, v, slopes, seed, y, lse = ctx.saved_tensors
-    dq, dk, dv = attention_bwd(dy, q, k, v, slopes, seed, ctx.drop, y, lse)
-    return dq, dk, dv, None, None, None
+    dqkv = attention_bwd(dy.contiguous(), *ctx.saved_tensors, ctx.n_head, ctx.dropout_p)
+    return dqkv, None, None, None, None
 
 
 attention_fwd.register_autograd(attention_grad, setup_context=attention_save)
 
 
-def attention(q, k, v, slopes=None, dropout_p=0.0):
-    """attention_ref's contract, in O(T) memory where S = T, for D up to 128. Raises ModelError beyond.
+def attention_qkv(qkv, n_head, slopes=None, dropout_p=0.0):
+    """`attention` on the output of one projection: qkv (B, T, 3C) -> (B, T, C), heads side by side.
 
-    The kernels take q, k, v by their strides, so that the slices of one projection need no copy,
-    and round nothing to bf16 but the softmax weights on their way to v. dropout_p is rounded to
-    1/65536; the mask is drawn from torch's generator of the device.
+    The kernels take memory in O(T) and D up to 128 (ModelError beyond), and round nothing to bf16 but
+    the weights on their way to v. dropout_p is rounded to a multiple of 2^-16; torch's generator of
+    the device gives the seed.
     """
-    if not use_kernels(q) or q.size(2) < k.size(2):      # few queries on kept keys need no kernel
+    B, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
+    if not use_kernels(qkv):
+        q, k, v = qkv.view(B, T, 3, n_head, C // n_head).permute(2, 0, 3, 1, 4)     # each (B, H, T, D)
+        return attention_ref(q, k, v, slopes, dropout_p).transpose(1, 2).reshape(B, T, C)
+    if C // n_head > 128:
+        raise ModelError(f"heads of {C // n_head} channels: the kernels take up to 128; raise n_head")
+    dropout_p = min(round(dropout_p * 2**16), 2**16 - 1) / 2**16
+    seed = torch.randint(2**31, (1,), device=qkv.device) if dropout_p else None
+    return attention_fwd(qkv.contiguous(), n_head, slopes, seed, dropout_p)[0]
+
+
+def attention(q, k, v, slopes=None, dropout_p=0.0):
+    """attention_ref's contract; the kernels run where S = T."""
+    B, H, T, D = q.shape
+    if not use_kernels(q) or T < k.size(2):             # few queries on kept keys need no kernel
         return attention_ref(q, k, v, slopes, dropout_p)
-    if q.size(3) > 128:
-        raise ModelError(f"heads of {q.size(3)} channels: the attention kernels take up to 128; raise n_head")
-    drop = round(dropout_p * 65536)
-    seed = torch.randint(2**31, (1,), device=q.device) if drop else None
-    return attention_fwd(q, k, v, slopes, seed, drop)[0]
+    qkv = torch.stack((q, k, v)).permute(1, 3, 0, 2, 4).reshape(B, T, 3 * H * D)
+    return attention_qkv(qkv, H, slopes, dropout_p).view(B, T, H, D).transpose(1, 2)
 
 
 def alibi_slopes(n_head):
@@ -586,125 +588,95 @@ def linear_cross_entropy_ref(x, weight, targets, reduction="mean", ignore_index=
 def cross_entropy_kernel(
     logits,                     # (N, V), columns from vocab_size on are padding; becomes its own gradient
     targets,                    # (N,) int64
-    g,                          # (N,) fp32, or None: the losses alone
+    scale,                      # () fp32, the gradient that reaches each loss, or None: the losses alone
     losses,                     # (N,) fp32
     ignore_index, vocab_size, V, BLOCK_V: tl.constexpr,
 ):
     n = tl.program_id(0)
     logits += n.to(tl.int64) * V
     target = tl.load(targets + n)
-    cols = tl.arange(0, BLOCK_V)
-    top, total = -float("inf"), 0.0
-    for v in range(0, vocab_size, BLOCK_V):
-        x = tl.load(logits + v + cols, v + cols < vocab_size, -float("inf")).to(tl.float32)
-        higher = tl.maximum(top, tl.max(x, 0))
-        total = total * tl.exp(top - higher) + tl.sum(tl.exp(x - higher), 0)
-        top = higher
-    lse = top + tl.log(total)
     counts = target != ignore_index
+    target = target.to(tl.int32)                        # so that columns are compared in 32 bits
+    cols = tl.arange(0, BLOCK_V)
+    m_i, l_i = -float("inf"), 0.0                       # running maximum, and sum of exp(x - m_i)
+    for v in range(0, V, BLOCK_V):      # masked by V, a multiple of 64, so that loads are 16 bytes wide
+        x = tl.load(logits + v + cols, v + cols < V, 0.0).to(tl.float32)
+        x = tl.where(v + cols < vocab_size, x, -float("inf"))
+        m_ij = tl.maximum(m_i, tl.max(x, 0))
+        l_i = l_i * tl.exp2((m_i - m_ij) * LOG2E) + tl.sum(tl.exp2(x * LOG2E - m_ij * LOG2E), 0)
+        m_i = m_ij
+    lse = m_i + tl.log(l_i)
     hit = tl.load(logits + target, counts, 0.0).to(tl.float32)
     tl.store(losses + n, tl.where(counts, lse - hit, 0.0))
-    if g is not None:
+    if scale is not None:
         tl.debug_barrier()      # every thread has read its logit of the target
-        weight = tl.where(counts, tl.load(g + n), 0.0)
+        g = tl.where(counts, tl.load(scale), 0.0)
         for v in range(0, V, BLOCK_V):
-            x = tl.load(logits + v + cols, v + cols < vocab_size, -float("inf")).to(tl.float32)
-            d = (tl.exp(x - lse) - tl.where(v + cols == target, 1.0, 0.0)) * weight
+            x = tl.load(logits + v + cols, v + cols < V, 0.0).to(tl.float32)
+            p = tl.where(v + cols < vocab_size, tl.exp2(x * LOG2E - lse * LOG2E), 0.0)
+            d = (p - tl.where(v + cols == target, 1.0, 0.0)) * g
             tl.store(logits + v + cols, d.to(logits.dtype.element_ty), v + cols < V)
 
 
 CHUNK = 2**27       # logits that exist at a time: 256 MiB of bf16
 
 
-def cross_entropy_chunks(x, weight, targets, g, ignore_index, vocab_size):
-    """(losses, dx, dw): the (N,) losses and, for g (N,), the gradients of sum_n g_n loss_n, else Nones.
+@custom_op("gpt::linear_cross_entropy", mutates_args=())
+def lce(x: Tensor, weight: Tensor, targets: Tensor, scale: Tensor | None, ignore_index: int, vocab_size: int
+        ) -> tuple[Tensor, Tensor, Tensor]:
+    """(scale * losses.sum(), dx, dweight) or, without `scale`, (losses, empty, empty).
 
-    The logits exist for one chunk of rows at a time.
+    The logits exist for one chunk of rows at a time, and turn into their gradient while at hand.
     """
     N, V = x.size(0), weight.size(0)
-    chunk = triton.cdiv(N, triton.cdiv(N * V, CHUNK))
-    w, targets, g = weight.to(x.dtype), targets.contiguous(), None if g is None else g.contiguous()
+    chunk, block = triton.cdiv(N, triton.cdiv(N * V, CHUNK)), min(8192, triton.next_power_of_2(V))
     losses = x.new_empty(N, dtype=torch.float32)
-    dx, dw = (None, None) if g is None else (torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32))
-    buffer = x.new_empty(chunk, V)
+    dx = x.new_empty(0 if scale is None else x.shape)
+    dw = weight.new_zeros(0 if scale is None else weight.shape, dtype=torch.float32)
+    w, targets, buffer = weight.to(x.dtype), targets.contiguous(), x.new_empty(chunk, V)
     for n in range(0, N, chunk):
         rows = slice(n, min(n + chunk, N))
         logits = torch.mm(x[rows], w.t(), out=buffer[:rows.stop - n])          # (chunk, V)
         with torch.cuda.device_of(x):
-            cross_entropy_kernel[(len(logits),)](
-                logits, targets[rows], None if g is None else g[rows], losses[rows], ignore_index,
-                vocab_size, V, min(4096, triton.next_power_of_2(V)), num_warps=8)
-        if g is not None:       # logits are their gradient now
-            torch.mm(logits, w, out=dx[rows])
-            if x.is_cuda and x.dtype != torch.float32:      # bf16 operands, their products summed in fp32
-                torch.addmm(dw, logits.t(), x[rows], out_dtype=torch.float32, out=dw)
-            else:
-                dw.addmm_(logits.t().float(), x[rows].float())
-    return losses, dx, dw
+            cross_entropy_kernel[(len(logits),)](logits, targets[rows], scale, losses[rows], ignore_index,
+                                                 vocab_size, V, block, num_warps=n_warps(block))
+        if scale is None:
+            continue
+        torch.mm(logits, w, out=dx[rows])
+        if x.is_cuda and x.dtype != torch.float32:      # bf16 operands, their products summed in fp32
+            torch.addmm(dw, logits.t(), x[rows], out_dtype=torch.float32, out=dw)
+        else:
+            dw.addmm_(logits.t().float(), x[rows].float())
+    return losses if scale is None else losses.sum() * scale, dx, dw.to(weight.dtype)
 
 
-@custom_op("gpt::linear_cross_entropy", mutates_args=())
-def lce_losses(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, vocab_size: int) -> Tensor:
-    """The (N,) losses; their gradient computes the logits again."""
-    return cross_entropy_chunks(x, weight, targets, None, ignore_index, vocab_size)[0]
+@lce.register_fake
+def _(x, weight, targets, scale, ignore_index, vocab_size):
+    if scale is None:
+        return x.new_empty(x.size(0), dtype=torch.float32), x.new_empty(0), weight.new_empty(0)
+    return x.new_empty((), dtype=torch.float32), torch.empty_like(x), torch.empty_like(weight)
 
 
-@lce_losses.register_fake
-def _(x, weight, targets, ignore_index, vocab_size):
-    return x.new_empty(x.size(0), dtype=torch.float32)
-
-
-@custom_op("gpt::linear_cross_entropy_sum", mutates_args=())
-def lce_sum(x: Tensor, weight: Tensor, targets: Tensor, g: Tensor, ignore_index: int, vocab_size: int
-            ) -> tuple[Tensor, Tensor, Tensor]:
-    """(sum_n g_n loss_n, dx, dw), the gradients found while the logits are at hand."""
-    losses, dx, dw = cross_entropy_chunks(x, weight, targets, g, ignore_index, vocab_size)
-    return losses @ g, dx, dw.to(weight.dtype)
-
-
-@lce_sum.register_fake
-def _(x, weight, targets, g, ignore_index, vocab_size):
-    return g.new_empty(()), torch.empty_like(x), torch.empty_like(weight)
-
-
-def lce_losses_save(ctx, inputs, output):
-    x, weight, targets, ctx.ignore_index, ctx.vocab_size = inputs
-    ctx.save_for_backward(x, weight, targets)
-
-
-def lce_losses_grad(ctx, g):
-    _, dx, dw = lce_sum(*ctx.saved_tensors, g, ctx.ignore_index, ctx.vocab_size)
-    return dx, dw, None, None, None
-
-
-def lce_sum_save(ctx, inputs, output):
-    ctx.save_for_backward(*output[1:])
-
-
-def lce_sum_grad(ctx, g, _ddx, _ddw):
-    dx, dw = ctx.saved_tensors
-    return dx * g, dw * g, None, None, None, None
-
-
-lce_losses.register_autograd(lce_losses_grad, setup_context=lce_losses_save)
-lce_sum.register_autograd(lce_sum_grad, setup_context=lce_sum_save)
+lce.register_autograd(lambda ctx, g, *_: (*(grad * g for grad in ctx.saved_tensors), None, None, None, None),
+                      setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*output[1:]))
 
 
 def linear_cross_entropy(x, weight, targets, reduction="mean", ignore_index=-1, vocab_size=None):
     """linear_cross_entropy_ref's contract, without ever holding the (N, V) logits.
 
-    The mean finds its gradients in the forward pass, while a chunk's logits are at hand, so that
-    training multiplies by the weight three times, not four (as Liger-Kernel does, arXiv:2410.10989).
+    The mean finds its gradients in the forward pass, while a chunk's logits are at hand: three
+    products with the weight, not four (as Liger-Kernel does, arXiv:2410.10989). "none" is for
+    evaluation and has no gradient.
     """
+    if reduction == "none":
+        x, weight = x.detach(), weight.detach()
     if not use_kernels(x):
         return linear_cross_entropy_ref(x, weight, targets, reduction, ignore_index, vocab_size)
-    vocab_size = vocab_size or weight.size(0)
-    counts = (targets != ignore_index).float()
-    g = counts / counts.sum()
-    if reduction == "mean" and torch.is_grad_enabled():
-        return lce_sum(x, weight, targets, g, ignore_index, vocab_size)[0]
-    losses = lce_losses(x, weight, targets, ignore_index, vocab_size)
-    return losses if reduction == "none" else losses @ g
+    count = (targets != ignore_index).sum()
+    with_gradient = reduction == "mean" and torch.is_grad_enabled()
+    scale = 1 / count if with_gradient else None
+    loss = lce(x, weight, targets, scale, ignore_index, vocab_size or weight.size(0))[0]
+    return loss if with_gradient or reduction == "none" else loss.sum() / count
 
 
 # ---------------------------------------------------------------------------------------------
@@ -760,13 +732,14 @@ class Attention(nn.Module):
     def forward(self, x, slopes, past=None):
         B, T, C = x.shape
         H, dropout_p = self.config.n_head, self.config.dropout if self.training else 0.0
-        qkv = self.c_attn(x).view(B, T, 3, H, C // H)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                        # each (B, H, T, D), no copy
-        if past is not None:        # k and v of the tokens before, to which these are added: (B, H, S, D)
+        qkv = self.c_attn(x)                                        # (B, T, 3C)
+        if past is None:
+            y = attention_qkv(qkv, H, slopes, dropout_p)            # (B, T, C)
+        else:       # past: k and v of the tokens before, (B, H, S, D) each, to which these are added
+            q, k, v = qkv.view(B, T, 3, H, C // H).permute(2, 0, 3, 1, 4)       # each (B, H, T, D)
             k, v = (torch.cat(pair, dim=2) for pair in zip(past, (k, v))) if past else (k, v)
             past[:] = k, v
-        y = attention(q, k, v, slopes, dropout_p)                   # (B, H, T, D)
-        y = y.transpose(1, 2).reshape(B, T, C)                      # heads side by side again
+            y = attention(q, k, v, slopes, dropout_p).transpose(1, 2).reshape(B, T, C)
         return F.dropout(self.c_proj(y), self.config.dropout, self.training)
 
 

@@ -27,10 +27,9 @@ def test_kernels_in_the_interpreter():
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_kernels_compile_for(arch):
-    """Every kernel as it would be launched: no spilled register, shared memory that fits (tests/tools/aot.py)."""
+    """Kernels as they would be launched break no rule of tests/tools/aot.py: no spills, no loop that waits, ..."""
     result = subprocess.run([sys.executable, TESTS / "tools/aot.py", arch], text=True, capture_output=True)
     print(result.stdout, result.stderr)
     assert result.returncode == 0
-    for kernel in ("attention_fwd", "attention_bwd_dq", "attention_bwd_dkdv", "layer_norm_fwd", "layer_norm_bwd",
-                   "cross_entropy"):
+    for kernel in ("attention_fwd", "attention_bwd_dq", "attention_bwd_dkdv", "cross_entropy"):
         assert f"| {kernel} |" in result.stdout

@@ -1,13 +1,21 @@
-"""Every Triton kernel built for sm_80 and sm_90 with no GPU at hand, and what each build uses.
+"""Every Triton kernel built for sm_80 and sm_90 with no GPU at hand, and what its machine code shows.
 
-    python tests/tools/aot.py sm_90           the shapes that the tests build
+    python tests/tools/aot.py sm_90           a few builds: what tests/test_kernels.py runs
     python tests/tools/aot.py sm_90 --all     every head size, with and without ALiBi, dropout and ragged T
 
 The operators run as they would on the device, up to the launch: each kernel is compiled with the
-arguments, types and tile sizes it would get. Registers and stack (where spilled registers go) are
-read off the cubin by cuobjdump; ptxas says when it had to serialize Hopper's asynchronous matrix
-instructions, which costs much of their speed. Status 1 if a kernel spills, does not fit in shared
-memory, or is serialized.
+arguments, types and tile sizes it would get, and disassembled. The columns:
+
+    stack         bytes of spilled registers
+    loop          instructions in the main loop (of the whole kernel where it has none)
+    diagonal      instructions in the loop over the tiles that the causal mask cuts
+    mma, exp2     its matrix and exponential instructions
+    smem          its loads and stores of shared memory by threads
+    barriers      its barriers
+    loads         bits of its narrowest load from global memory
+    ahead         loads still under way where it waits for a tile: 0 means that nothing was started early
+
+Status 1 if a build breaks a rule of `faults` below.
 """
 import itertools
 import re
@@ -26,6 +34,11 @@ import model as m                                   # noqa: E402
 
 BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
 SHARED = {80: 99 * 1024, 90: 227 * 1024}            # bytes a program may have; 99 KB on sm_86 and sm_89
+# instructions in the main loop for each exponential that it may have, dropout included
+MOST = {("attention_fwd", 90): 21, ("attention_bwd_dq", 90): 20, ("attention_bwd_dkdv", 90): 30,
+        ("attention_fwd", 80): 30, ("attention_bwd_dq", 80): 40, ("attention_bwd_dkdv", 80): 55,
+        ("cross_entropy", 90): 14, ("cross_entropy", 80): 14}
+COLUMNS = "warps stages registers stack shared loop diagonal mma exp2 smem barriers loads ahead".split()
 
 
 class Absent:
@@ -52,23 +65,72 @@ class Build:
 
     def __getitem__(self, grid):
         def build(*args, **options):
-            self.built.append((self.kernel.fn.__name__, options, self.kernel.warmup(*args, grid=grid, **options)))
+            name = self.kernel.fn.__name__.removesuffix("_kernel")
+            self.built.append((name, self.kernel.warmup(*args, grid=grid, **options)))
         return build
 
 
-def usage(compiled, arch):
-    """(registers, stack bytes, shared bytes, serialized) of a compiled kernel."""
+def main_loops(sass):
+    """Instructions of the loops with matrix instructions, else of the longest loop, else of the whole kernel."""
+    code, labels, loops = [], {}, []
+    for line in sass.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = len(code)
+        elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", line):
+            code.append(instruction[1])
+            target = re.search(r"BRA.*`\((\.L_x_\d+)\)", instruction[1])
+            if target and labels.get(target[1], len(code)) < len(code) - 1:     # a jump back
+                loops.append(code[labels[target[1]]:])
+    with_matrix = [loop for loop in loops if any("MMA." in i for i in loop)]
+    return with_matrix or [max(loops, key=len, default=code)]
+
+
+def load_bits(instruction):
+    """Bits that a thread reads by an LDG or LDGSTS instruction."""
+    width = re.search(r"\.[US]?(8|16|64|128)\b", instruction.split("[")[0])
+    return int(width[1]) if width else 32
+
+
+def figures(compiled):
+    """COLUMNS of a compiled kernel, and whether ptxas serialized Hopper's matrix instructions."""
+    def tool(*words):
+        result = subprocess.run([BIN / words[0], *words[1:]], capture_output=True, text=True, check=True)
+        return result.stdout + result.stderr
     with tempfile.TemporaryDirectory() as folder:
         cubin, ptx = Path(folder, "k.cubin"), Path(folder, "k.ptx")
         cubin.write_bytes(compiled.asm["cubin"])
         ptx.write_text(compiled.asm["ptx"])
-        text = subprocess.run([BIN / "cuobjdump", "--dump-resource-usage", cubin], capture_output=True, text=True,
-                              check=True).stdout
-        name = re.search(r"\.target (sm_\w+)", compiled.asm["ptx"]).group(1)
-        warnings = subprocess.run([BIN / "ptxas", "-v", f"--gpu-name={name}", ptx, "-o", Path(folder, "again")],
-                                  capture_output=True, text=True, check=True).stderr
-    registers, stack = (int(re.search(rf"{key}:(\d+)", text).group(1)) for key in ("REG", "STACK"))
-    return registers, stack, compiled.metadata.shared, "serialized" in warnings
+        usage = tool("cuobjdump", "--dump-resource-usage", cubin)
+        loop, *others = main_loops(tool("nvdisasm", "-c", cubin))
+        serialized = False
+        if "wgmma" in compiled.asm["ptx"]:          # ptxas says so only as it compiles
+            serialized = "serialized" in tool("ptxas", "-v", "--gpu-name=sm_90a", ptx, "-o", Path(folder, "again"))
+
+    def count(pattern):
+        return sum(bool(re.search(pattern, i)) for i in loop)
+    waits = [int(i.split()[-1], 16) for i in loop if "DEPBAR.LE SB0" in i]
+    loads = [load_bits(i) for i in loop if re.search(r"\bLDG(STS)?\.", i)]
+    values = (compiled.metadata.num_warps, compiled.metadata.num_stages,
+              *(int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK")), compiled.metadata.shared,
+              len(loop), len(others[0]) if others else None, count(r"MMA\."), count(r"MUFU\.EX2"), count(r"\b(LDS|STS|LDSM|STSM)\b(?!.*RZ, \[RZ\])"),
+              count(r"\bBAR\."), min(loads, default=None), min(waits, default=None))
+    return dict(zip(COLUMNS, values)), serialized
+
+
+def faults(name, arch, row, serialized):
+    """What a build must not do, as words."""
+    attention, pipelined = name.startswith("attention"), row["stages"] > 1
+    matrix_on_registers = attention and arch == 90 and pipelined
+    rules = {
+        "spills": row["stack"] > 0,
+        "too much shared memory": row["shared"] > SHARED[arch],
+        "serialized": serialized,
+        "waits for the load it has just started": attention and pipelined and row["ahead"] == 0,
+        "narrow loads": row["loads"] < (128 if name == "cross_entropy" else 32),
+        "moves data between threads": matrix_on_registers and (row["barriers"] > 2 or row["smem"] > 16),
+        "more instructions than before": (pipelined or not attention) and row["loop"] > MOST.get((name, arch), 10**6) * max(1, row["exp2"]),
+    }
+    return [words for words, broken in rules.items() if broken]
 
 
 def attention(D, dtype, alibi, dropout_p, T):
@@ -86,42 +148,47 @@ def layer_norm(C, branch, stream, bias):
     return f"C={C} {str(branch)[6:]}" + (f" + {str(stream)[6:]}" if r is not None else "") + ", bias" * bias
 
 
-def cross_entropy(V, dtype):
+def cross_entropy(vocab_size, dtype):
+    V = 64 * -(-vocab_size // 64)                   # as the model pads it
     x, w = torch.empty(2, 16, dtype=dtype, requires_grad=True), torch.empty(V, 16)
-    m.linear_cross_entropy(x, w, torch.zeros(2, dtype=torch.int64))
-    m.linear_cross_entropy(x, w, torch.zeros(2, dtype=torch.int64), "none")
-    return f"V={V} {str(dtype)[6:]}"
+    m.linear_cross_entropy(x, w, torch.zeros(2, dtype=torch.int64), vocab_size=vocab_size)
+    return f"V={vocab_size} {str(dtype)[6:]}"
 
 
-def main(arch, everything):
-    built, bf16, fp32 = [], torch.bfloat16, torch.float32
+def builds(arch, cases):
+    """(kernel, case, figures, faults) of each build."""
+    built = []
     driver.set_active(Absent(arch))
     m.use_kernels, m.is_hopper = lambda x: True, lambda x: arch == 90
     for name in [name for name in vars(m) if name.endswith("_kernel")]:
         setattr(m, name, Build(getattr(m, name), built))
-    cases = [(attention, D, bf16, True, p, T) for D, p, T in
-             ((64, 0, 1024), (64, 0.1, 1024), (128, 0, 1024), (128, 0.1, 1024), (80, 0.1, 1000))]
-    cases += [(attention, D, fp32, True, 0.1, 1000) for D in (64, 128)]
-    if everything:
-        cases = [(attention, *case) for case in itertools.product(
-            (32, 64, 80, 96, 128), (bf16, fp32), (True, False), (0, 0.1), (1024, 1000))]
-    cases += [(layer_norm, C, *case) for C in (768, 1536, 8192)
-              for case in ((bf16, fp32, True), (bf16, bf16, False), (fp32, None, True))]
-    cases += [(cross_entropy, V, dtype) for V in (320, 50304) for dtype in (bf16, fp32)]
-
-    print(f"Triton {triton.__version__}, sm_{arch}\n\n| kernel | case | warps | stages | registers | stack bytes "
-          "| shared KB |\n|---|---|---|---|---|---|---|")
-    failed = False
     for function, *case in cases:
         label = function(*case)
-        for name, options, compiled in built:
-            registers, stack, shared, serialized = usage(compiled, arch)
-            bad = stack > 0 or shared > SHARED[arch] or serialized
-            failed |= bad
-            print(f"| {name.removesuffix('_kernel')} | {label} | {options['num_warps']} | "
-                  f"{options.get('num_stages', '')} | {registers} | {stack} | {shared / 1024:.0f} |"
-                  f"{' serialized' * serialized}{' FAILS' * bad}", flush=True)
+        for name, compiled in built:
+            row, serialized = figures(compiled)
+            yield name, label, row, faults(name, arch, row, serialized)
         built.clear()
+
+
+def main(arch, everything):
+    bf16, fp32 = torch.bfloat16, torch.float32
+    cases = [(attention, 128, bf16, True, 0.1, 1024), (cross_entropy, 50257, bf16)]
+    if arch == 90:
+        cases += [(attention, 64, bf16, False, 0, 1000), (layer_norm, 768, bf16, fp32, True)]
+    if everything:
+        cases = [(attention, *case) for case in itertools.product(
+            (64, 128, 80, 32, 96), (bf16, fp32), (True, False), (0, 0.1), (1024, 1000))]
+        cases += [(layer_norm, C, *case) for C in (768, 1536, 8192)
+                  for case in ((bf16, fp32, True), (bf16, bf16, False), (fp32, None, True))]
+        cases += [(cross_entropy, V, dtype) for V in (257, 50257) for dtype in (bf16, fp32)]
+
+    print(f"Triton {triton.__version__}, sm_{arch}\n\n| kernel | case | {' | '.join(COLUMNS)} |"
+          f"\n|{'---|' * (2 + len(COLUMNS))}")
+    failed = False
+    for name, label, row, broken in builds(arch, cases):
+        failed |= bool(broken)
+        numbers = " | ".join("" if value is None else str(value) for value in row.values())
+        print(f"| {name} | {label} | {numbers} |{' FAILS: ' * bool(broken)}{', '.join(broken)}", flush=True)
     return int(failed)
 
 

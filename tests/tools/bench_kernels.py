@@ -59,7 +59,7 @@ def gradients(run, inputs):
 # ---- attention
 
 
-def attention_peers(q, k, v, slopes):
+def attention_peers(q, k, v, packed, slopes):
     B, H, T, D = q.shape
 
     def sdpa(backend, **options):
@@ -85,9 +85,9 @@ def attention_peers(q, k, v, slopes):
     except (ImportError, RuntimeError):
         pass
     return peers | {
-        "ours, ALiBi": lambda: m.attention(q, k, v, slopes),
-        "ours, no ALiBi": lambda: m.attention(q, k, v),
-        "ours, ALiBi, dropout": lambda: m.attention(q, k, v, slopes, 0.1),
+        "ours, ALiBi": lambda: m.attention_qkv(packed, H, slopes),
+        "ours, no ALiBi": lambda: m.attention_qkv(packed, H),
+        "ours, ALiBi, dropout": lambda: m.attention_qkv(packed, H, slopes, 0.1),
     }
 
 
@@ -96,9 +96,11 @@ def attention_rows():
         B, H = max(1, TOKENS // T), WIDTH // D
         qkv = torch.randn(B, T, 3, H, D, device=DEVICE, dtype=torch.bfloat16)
         q, k, v = (t.requires_grad_() for t in qkv.permute(2, 0, 3, 1, 4))
+        packed = qkv.flatten(2).detach().requires_grad_()           # (B, T, 3C), what the model has
         flops = 4 * B * H * T * T * D / 2
-        for name, run in attention_peers(q, k, v, m.alibi_slopes(H).to(DEVICE)).items():
-            if available(run) and available(both := gradients(run, (q, k, v))):
+        for name, run in attention_peers(q, k, v, packed, m.alibi_slopes(H).to(DEVICE)).items():
+            inputs = (packed,) if name.startswith("ours") else (q, k, v)
+            if available(run) and available(both := gradients(run, inputs)):
                 forward, whole = milliseconds(run), milliseconds(both)
                 yield [str(D), str(T), name, f"{forward:.3f}", f"{flops / forward / 1e9:.0f}", f"{whole:.3f}",
                        f"{3.5 * flops / whole / 1e9:.0f}"]
@@ -108,25 +110,25 @@ def tile_rows(D):
     """Each kernel with other tiles, the other two as in model.py: time over model.py's own."""
     tiles, T, H = m.tiles, 1024, WIDTH // D
     by_rows, by_columns = ((64, 64), (128, 32), (128, 64), (128, 128)), ((32, 64), (64, 64), (32, 128), (64, 128))
-    q, k, v = torch.randn(max(1, TOKENS // T), T, 3, H, D, device=DEVICE, dtype=torch.bfloat16).permute(2, 0, 3, 1, 4)
+    qkv = torch.randn(max(1, TOKENS // T), T, 3 * H * D, device=DEVICE, dtype=torch.bfloat16)
     slopes = m.alibi_slopes(H).to(DEVICE)
-    for drop in (0, 6554):
-        seed = torch.ones(1, dtype=torch.int64, device=DEVICE) if drop else None
-        y, lse = m.attention_fwd(q, k, v, slopes, seed, drop)
-        ours = tiles(q, drop > 0)
+    for dropout_p in (0.0, 0.125):
+        seed = torch.ones(1, dtype=torch.int64, device=DEVICE) if dropout_p else None
+        y, lse = m.attention_fwd(qkv, H, slopes, seed, dropout_p)
+        ours = tiles(qkv, D, dropout_p > 0)
 
         def forward():
-            m.attention_fwd(q, k, v, slopes, seed, drop)
+            m.attention_fwd(qkv, H, slopes, seed, dropout_p)
 
         def backward():
-            m.attention_bwd(y, q, k, v, slopes, seed, drop, y, lse)
+            m.attention_bwd(y, qkv, slopes, seed, y, lse, H, dropout_p)
         for name, run, shapes in (("fwd", forward, by_rows), ("dq", backward, by_rows), ("dkdv", backward, by_columns)):
             base = milliseconds(run)
             for shape, warps, stages in itertools.product(shapes, (4, 8), (2, 3)):
                 tile = (*shape, warps, stages)
                 m.tiles = lambda *_: ours | {name: tile}
                 if available(run):
-                    yield [str(D), str(bool(drop)), name, f"{shape[0]} x {shape[1]}, {warps} warps, {stages} stages",
+                    yield [str(D), str(dropout_p > 0), name, f"{shape[0]} x {shape[1]}, {warps} warps, {stages} stages",
                            f"{milliseconds(run) / base:.3f}" + " (model.py's)" * (ours[name] == tile)]
             m.tiles = tiles
 

@@ -78,7 +78,7 @@ def speed(nanogpt):
 
 
 def script(name, *words):
-    return subprocess.run([sys.executable, str(ROOT / "tests" / name), *words]).returncode
+    return subprocess.run([sys.executable, str(ROOT / "tests/tools" / name), *words]).returncode
 
 
 if __name__ == "__main__":
