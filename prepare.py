@@ -18,6 +18,7 @@ Documents that repeat an earlier one, or nearly, are left out; a run that was st
 import argparse
 import bz2
 import difflib
+import fcntl
 import glob
 import gzip
 import hashlib
@@ -64,6 +65,19 @@ class DataError(ValueError):
 
 class NoBin(DataError):
     """There is no such bin here, rather than a damaged one."""
+
+
+@contextmanager
+def lock(path):
+    """Hold the file `path`, made if missing, for this process; a kill releases it. Raises DataError."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise DataError(f"{path}: another process is at work here; wait for it, or choose another folder") from None
+        yield
 
 
 # ---------------------------------------------------------------------------------------------
