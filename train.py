@@ -3,10 +3,10 @@
     python train.py configs/quickstart.py                               one process
     python train.py configs/quickstart.py --max_steps=20 --dtype float32
     torchrun --nproc_per_node=8 train.py configs/1.1B.py                one node of 8 GPUs
-    python train.py configs/1.1B.py --plan=8                            memory and hours on 8 GPUs, no training
+    python train.py configs/1.1B.py --plan=8                            memory and hours on 8 GPUs
 
-A config file assigns values to keys of Config, below; --key=value or --key value overrides it. The run is
-named after its config file. For configs/NAME.py it writes into out_dir:
+A config file assigns values to keys of Config, below; --key=value or --key value overrides it. For
+configs/NAME.py a run writes into out_dir:
 
     NAME.pt         the model with the best validation loss so far (what eval.py and grow.py read)
     NAME.state.pt   everything needed to go on: the same command continues from it
@@ -18,8 +18,7 @@ named after its config file. For configs/NAME.py it writes into out_dir:
 import sys
 
 if __name__ == "__main__" and "--help" in sys.argv:     # before the imports, which take seconds
-    print(__doc__)
-    sys.exit()
+    sys.exit(print(__doc__))
 
 import ctypes
 import difflib
@@ -33,25 +32,23 @@ import runpy
 import signal
 import subprocess
 import time
-import types
-import typing
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 
-os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")     # less fragmentation; torch reads it
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")     # for torch: less fragmentation
 
-import numpy as np                                                              # noqa: E402
-import torch                                                                    # noqa: E402
-import torch.distributed as dist                                                # noqa: E402
-from numpy.lib.stride_tricks import sliding_window_view                         # noqa: E402
-from torch.nn.parallel import DistributedDataParallel                           # noqa: E402
-from torch.overrides import TorchFunctionMode                                   # noqa: E402
+import numpy as np                                                          # noqa: E402
+import torch                                                                # noqa: E402
+import torch.distributed as dist                                            # noqa: E402
+from numpy.lib.stride_tricks import sliding_window_view                     # noqa: E402
+from torch.nn.parallel import DistributedDataParallel                       # noqa: E402
+from torch.overrides import TorchFunctionMode                               # noqa: E402
 
-from model import GPT, GPTConfig, ModelError, atomic_save, load, load_pickle, save                  # noqa: E402
-from prepare import DataError, NoBin, count_words, get_tokenizer, lock, open_data, token_bytes      # noqa: E402
+from model import GPT, GPTConfig, ModelError, atomic_save, load, load_pickle, save              # noqa: E402
+from prepare import DataError, NoBin, count_words, get_tokenizer, lock, open_data, token_bytes  # noqa: E402
 
-RANK, LOCAL_RANK, WORLD = (int(os.environ.get(key, n)) for key, n in     # torchrun sets them
+RANK, LOCAL_RANK, WORLD = (int(os.environ.get(key, n)) for key, n in        # as torchrun sets them
                            (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
 MAX_SKIPS = 10                          # steps in a row whose loss or gradient is not finite
 PATIENCE = timedelta(minutes=10)        # how long a rank waits for another before all of them end
@@ -61,9 +58,7 @@ class TrainError(ValueError):
     """A config that cannot be trained, or a run that cannot go on; the message is one line."""
 
 
-# ---- Configuration ---------------------------------------------------------------------------
-
-
+# ---- Configuration
 @dataclass
 class Config:
     # where
@@ -77,7 +72,7 @@ class Config:
     device: str = "auto"                # auto: cuda, else mps, else cpu
     dtype: str = "auto"                 # float32, or bfloat16 or float16 by autocast; auto: the fastest here
     compile: bool | None = None         # torch.compile; None: on CUDA only
-    checkpoint: bool = False            # recompute each layer in the backward: far less memory, a third more work
+    checkpoint: bool = False            # recompute layers in the backward: far less memory, a third more work
     zero: bool = False                  # share the optimizer's state over the processes (ZeRO stage 1)
     plan: int = 0                       # print what the run would take on this many GPUs, and stop
     # batches; batch_size does not depend on the number of processes
@@ -97,7 +92,7 @@ class Config:
     optimizer: str = "adamw"            # adamw, adafactor or muon
     learning_rate: float = 6e-4
     min_lr: float = 6e-5                # where the schedule ends
-    adamw_lr: float | None = None       # with muon, the peak rate of embeddings and vectors; None: learning_rate
+    adamw_lr: float | None = None       # with muon: the rate of embeddings and vectors; None: learning_rate
     warmup_steps: int = 2000
     schedule: str = "cosine"            # cosine, linear or constant
     weight_decay: float = 0.1           # on matrices; biases and layer norms have none
@@ -115,108 +110,92 @@ class Config:
 
 
 SHAPE = ("n_layer", "n_head", "n_embd", "bias", "pos")
-IDENTITY = ("init_from", "seed", "batch_size", "block_size", "optimizer", *SHAPE)   # and the data: fixed for a run
+IDENTITY = ("data", "init_from", "seed", "batch_size", "block_size", "optimizer", *SHAPE)   # fixed for a run
 CHOICES = dict(device=("auto", "cuda", "mps", "cpu"), dtype=("auto", "float32", "bfloat16", "float16"),
-               optimizer=("adamw", "adafactor", "muon"), schedule=("cosine", "linear", "constant"),
-               pos=("learned", "alibi"))
-MAY_BE_ZERO = ("seed", "plan", "min_lr", "warmup_steps", "weight_decay", "beta1", "beta2", "grad_clip", "average",
-               "dropout")
+               optimizer=("adamw", "adafactor", "muon"), schedule=("cosine", "linear", "constant"))
+MAY_BE_ZERO = ("seed", "plan", "min_lr", "warmup_steps", "weight_decay", "beta1", "beta2", "grad_clip",
+               "average", "dropout")
 BELOW = dict(beta1=1, beta2=1, seed=2**32)
 
 
 def configure(argv, world=1):
-    """(Config, names of the keys that were set, run name) from a config file and command-line words.
+    """(Config, names of the keys that were set, run name) from a config file and --key=value words.
 
-    world: the number of processes that share a batch. Raises TrainError, before anything is loaded.
+    world: the number of processes that share a batch. Raises TrainError or ModelError; loads nothing.
     """
-    if not argv or not os.path.isfile(argv[0]):
-        raise TrainError(f"{' '.join(argv[:1])}: no such file; expected a config first: python train.py configs/NAME.py")
-    path, words = argv[0], iter(argv[1:])
+    path, *words = argv or [""]
+    types = {f.name: f.type for f in fields(Config)}
+    if not os.path.isfile(path):
+        raise TrainError(f"{path}: no such file; expected a config first: python train.py configs/NAME.py")
     try:
         values = runpy.run_path(path)
     except Exception as e:      # whatever a wrong line in it raises
         raise TrainError(f"{path}: {type(e).__name__}: {e}") from None
-    settings = [(path, key, value) for key, value in values.items()     # what it imports is not a key
-                if not (key.startswith("_") or callable(value) or isinstance(value, types.ModuleType))]
-    for word in words:
-        key, equals, value = word.removeprefix("--").partition("=")
-        value = value if equals else next(words, "--")
-        if not word.startswith("--") or value.startswith("--"):
-            raise TrainError(f"{word}: expected --key=value or --key value")
-        settings.append((f"--{key}", key, value))
-
-    config, hints = Config(), typing.get_type_hints(Config)
+    settings = [(path, key, value) for key, value in values.items() if not key.startswith("_")
+                and (key in types or isinstance(value, (str, int, float, dict)))]       # not what it imports
+    while words:
+        word, equals, value = words.pop(0).partition("=")
+        settings.append((word, word.removeprefix("--"), value if equals else words.pop(0) if words else ""))
+    config = Config()
     for source, key, value in settings:
-        if key not in hints:
-            near = difflib.get_close_matches(key, hints, n=1) or ["another key of Config in train.py"]
+        if key not in types:
+            near = difflib.get_close_matches(key, types, n=1) or ["another key of Config in train.py"]
             raise TrainError(f"{source}: unknown key {key}, did you mean {near[0]}?")
         try:
-            setattr(config, key, convert(value, typing.get_args(hints[key]) or (hints[key],)))
+            setattr(config, key, convert(value, getattr(types[key], "__args__", (types[key],))))
         except ValueError:
-            raise TrainError(f"{source}: {key} = {value!r}, expected {getattr(hints[key], '__name__', hints[key])}")
+            expected = getattr(types[key], "__name__", types[key])
+            raise TrainError(f"{source}: {key} = {value!r}, expected {expected}") from None
     check(config, path, config.plan or world)
     return config, {key for _, key, _ in settings}, os.path.basename(path).removesuffix(".py")
 
 
-def convert(value, options):
-    """value as one of the types in options; text from the command line is parsed first. Raises ValueError."""
-    if isinstance(value, str) and str not in options:
-        words = {"true": True, "false": False, "none": None}
+def convert(value, types):
+    """value as one of types; text from the command line is parsed first. Raises ValueError."""
+    words = {"true": True, "false": False, "none": None}
+    if isinstance(value, str) and str not in types:
         value = words[value.lower()] if value.lower() in words else float(value)
     if type(value) in (int, float) and math.isfinite(value):
         for number in (int, float):     # 1e3 is a whole number, and 1 may stand for 1.0
-            if number in options and number(value) == value:
+            if number in types and number(value) == value:
                 return number(value)
-    if type(value) not in options or isinstance(value, float):
+    if type(value) not in types or isinstance(value, float):
         raise ValueError
-    return value
+    return os.path.expanduser(value) if isinstance(value, str) else value
 
 
 def check(config, path, world):
-    """Refuse what cannot be trained; ~ in paths becomes the home folder. Raises TrainError, ModelError."""
-    def refuse(key, expected):
-        raise TrainError(f"{path}: {key} = {getattr(config, key)!r}, expected {expected}")
+    """Refuse what cannot be trained. Raises TrainError, ModelError."""
+    def expect(condition, key, expected):
+        if not condition:
+            raise TrainError(f"{path}: {key} = {getattr(config, key)!r}, expected {expected}")
 
     for key, value in vars(config).items():
-        if key in CHOICES and value not in CHOICES[key]:
-            refuse(key, f"one of {', '.join(CHOICES[key])}")
-        if type(value) in (int, float) and (value < 0 or value == 0 and key not in MAY_BE_ZERO):
-            refuse(key, "more than 0")
-        if key in BELOW and value >= BELOW[key]:
-            refuse(key, f"less than {BELOW[key]}")
-        if key in ("data", "out_dir", "init_from") and isinstance(value, str):
-            setattr(config, key, os.path.expanduser(value))
-    if isinstance(config.data, dict) and config.data:
-        numbers = all(type(share) in (int, float) and 0 < share < math.inf for share in config.data.values())
-        if not numbers or not apportion(list(config.data.values())).all():
-            refuse("data", f"{{folder: share, ...}}, each share a number and at least one sample in {DECK}")
+        expect(value in CHOICES.get(key, [value]), key, f"one of {', '.join(CHOICES.get(key, []))}")
+        if type(value) in (int, float):
+            expect(value > 0 or value == 0 and key in MAY_BE_ZERO, key, "more than 0")
+            expect(value < BELOW.get(key, math.inf), key, f"less than {BELOW.get(key)}")
+    if isinstance(config.data, dict):
+        expect(all(type(n) in (int, float) and 0 < n < math.inf for n in config.data.values()) and
+               apportion(config.data.values()).all(), "data", f"shares of at least one sample in {DECK}")
         config.data = {os.path.expanduser(folder): share for folder, share in config.data.items()}
-    if not config.data:
-        refuse("data", "a folder that prepare.py made")
-    if config.wandb:
-        try:
-            from wandb import init      # noqa: F401; "import wandb" would take a folder of that name
-        except ImportError:
-            refuse("wandb", "the package wandb to be installed: pip install wandb")
-    if config.max_steps is config.max_tokens is config.max_epochs is None:
-        refuse("max_steps", "a length: max_steps, max_tokens or max_epochs")
+    expect(config.data, "data", "a folder made by prepare.py")
+    expect(config.max_steps or config.max_tokens or config.max_epochs, "max_steps", "a length")
     micro = config.micro_batch_size or max(1, config.batch_size // world)
-    if config.batch_size % (world * micro):
-        refuse("batch_size", f"a multiple of {world} processes x micro_batch_size {micro}")
-    if config.zero and config.optimizer == "adafactor":
-        refuse("zero", "False with adafactor, whose state is small")
-    if config.adamw_lr and config.optimizer != "muon":
-        refuse("adamw_lr", f"None with {config.optimizer}; it belongs to muon")
+    expect(config.batch_size % (world * micro) == 0, "batch_size",
+           f"a multiple of {world} processes x micro_batch_size {micro}")
+    expect(not config.zero or config.optimizer != "adafactor", "zero", "False: adafactor's state is small")
+    expect(not config.adamw_lr or config.optimizer == "muon", "adamw_lr", "optimizer = muon along with it")
     GPTConfig(**{key: getattr(config, key) for key in ("block_size", "dropout", *SHAPE)})
 
 
-# ---- Data: which tokens a step sees is a pure function of (seed, step) -----------------------
+# ---- Data: which tokens a step sees is a pure function of (seed, step)
 
 DECK = 1000         # samples of a mixture in which every source has exactly its share
 
 
 class Blocks:
-    """The blocks of T tokens in several bins as one list; each with the token after it, as its last target."""
+    """The blocks of T tokens in several bins as one list, each with the token after it, its last target."""
 
     def __init__(self, bins, T, name):
         self.views = [sliding_window_view(tokens, T + 1)[::T] for tokens in bins if len(tokens) > T]
@@ -241,39 +220,40 @@ class Blocks:
 
 def apportion(shares):
     """Samples of each source in a deck: whole numbers that add up to DECK, by largest remainder."""
-    exact = np.array(shares) / sum(shares) * DECK
+    exact = np.array(list(shares)) / sum(shares) * DECK
     counts = exact.astype(int)
     counts[np.argsort(counts - exact, kind="stable")[:DECK - counts.sum()]] += 1
     return counts
 
 
-def permutation(n, *key):
-    return np.random.RandomState(key).permutation(n)    # numpy guarantees that its streams never change
-
-
 class Loader:
     """Batches of blocks. Each source comes in a new random order each epoch, every block once.
 
-    sources: Blocks; counts: the samples of each source in a deck. Sample i of a step is the same for any number
+    sources: Blocks; counts: samples of each source in a deck. Sample i of a step is the same for any number
     of processes, so a run needs no loader state to resume, and sees the same batches on more GPUs.
     """
 
     def __init__(self, sources, counts, batch_size, seed):
         self.sources, self.counts, self.batch_size, self.seed = sources, counts, batch_size, seed
         self.cards = np.repeat(np.arange(len(sources)), counts)
-        self.permutation = functools.lru_cache(len(sources) + 1)(permutation)   # one order each, and the deck
+
+        @functools.lru_cache(len(sources) + 1)      # an order for each source, and the deck
+        def permutation(n, *key):       # numpy guarantees that RandomState's streams never change
+            return np.random.RandomState([seed, *key]).permutation(n)
+        self.permutation = permutation
 
     def block(self, sample):
         """The sample-th sample since the start of training: (T + 1,) uint16."""
-        k, i = 0, sample                    # it is source k's i-th
+        k, i = 0, sample                # it is source k's i-th
         if len(self.sources) > 1:
             number, place = divmod(sample, DECK)
-            deck = self.cards[self.permutation(DECK, self.seed, number, 0, 0)]
-            k = deck[place]
-            i = number * self.counts[k] + (deck[:place] == k).sum()
-        epoch, i = divmod(int(i), len(self.sources[k]))
-        key = [self.seed, epoch, k] if k else [self.seed, epoch]
-        return self.sources[k][self.permutation(len(self.sources[k]), *key)[i]]
+            deck = self.cards[self.permutation(DECK, number, 0, 0)]
+            k = int(deck[place])
+            i = int(number * self.counts[k] + (deck[:place] == k).sum())
+        n = len(self.sources[k])
+        epoch, i = divmod(i, n)
+        order = self.permutation(n, epoch, k) if k else self.permutation(n, epoch)
+        return self.sources[k][order[i]]
 
     def batch(self, step, rank=0, world=1):
         """This rank's share of a step: (batch_size / world, T + 1) int64 on the CPU."""
@@ -282,9 +262,7 @@ class Loader:
         return torch.from_numpy(np.stack([self.block(first + i) for i in range(share)]).astype(np.int64))
 
 
-# ---- The step --------------------------------------------------------------------------------
-
-
+# ---- The step
 def learning_rate(step, config, max_steps):
     """Linear warmup over warmup_steps, then the schedule down to min_lr at max_steps."""
     if step < config.warmup_steps:
@@ -296,24 +274,17 @@ def learning_rate(step, config, max_steps):
     return config.min_lr + share * (config.learning_rate - config.min_lr)
 
 
-class Float32(TorchFunctionMode):
-    """Leaves out the conversion to bf16, which CPUs without bf16 units emulate: there torch's Muon took 20 times as long."""
+class InFloat32(TorchFunctionMode):
+    """Leaves out conversions to bf16: torch's Muon has one, and is 20 times slower on CPUs without bf16 units."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         return args[0] if func is torch.Tensor.bfloat16 else func(*args, **(kwargs or {}))
 
 
-class Muon(torch.optim.Muon):
-    def step(self, closure=None):
-        on_cpu = self.param_groups[0]["params"][0].device.type == "cpu"
-        with Float32() if on_cpu else nullcontext():
-            return super().step(closure)
-
-
 def make_optimizer(model, config):
-    """[AdamW] (Loshchilov & Hutter 2019), [Adafactor] (Shazeer & Stern 2018) or [Muon, AdamW] (Jordan et al. 2024).
+    """[AdamW], [Adafactor] (Shazeer & Stern 2018) or [Muon, AdamW] (Jordan et al. 2024), as a list.
 
-    Muon trains the matrices of the blocks, AdamW with the rate adamw_lr the embeddings and vectors. Only matrices
+    Muon trains the matrices of the blocks, AdamW with rate adamw_lr the embeddings and vectors. Only matrices
     decay. A group's rate is the schedule's times its lr_scale.
     """
     def make(optimizer, groups, **options):
@@ -330,24 +301,23 @@ def make_optimizer(model, config):
     groups = [dict(params=matrices, weight_decay=config.weight_decay, lr_scale=scale),
               dict(params=vectors, weight_decay=0.0, lr_scale=scale)]
     if config.optimizer == "adafactor":
-        # a step's root mean square is the rate itself, as in fine-tuning recipes; torch would multiply it by the
-        # weights', which is left only where theirs is above 1
+        # a step's root mean square is the rate itself, as in fine-tuning recipes; torch would multiply it by
+        # that of the weights, which is left only where theirs is above 1
         return [make(torch.optim.Adafactor, groups, eps=(None, 1.0))]
     adamw = make(torch.optim.AdamW, groups, betas=(config.beta1, config.beta2), fused=True)
     if config.optimizer == "adamw":
         return [adamw]
     # updates as large as AdamW's (Liu et al. 2025, arXiv:2502.16982), so AdamW's rates are where to start
     blocks = [dict(params=blocks, weight_decay=config.weight_decay, lr_scale=1.0)]
-    return [make(Muon, blocks, adjust_lr_fn="match_rms_adamw"), adamw]
+    return [make(torch.optim.Muon, blocks, adjust_lr_fn="match_rms_adamw"), adamw]
 
 
 def train_step(model, optimizers, rows, micro_batch_size, autocast, grad_clip, scaler, stop=()):
-    """One optimizer step over rows (share, T + 1), micro_batch_size of them at a time.
+    """One step over rows (share, T + 1), micro_batch_size of them at a time: (loss, norm, stopping).
 
-    Returns (loss, norm, stopping): the mean loss over all ranks and the gradient's norm before clipping, as
-    numbers, and whether `stop` holds anything on any rank. Where loss or norm is not finite the weights stay as
-    they are, on every rank. Waits for the device once, before the optimizer, which runs while the next batch is
-    fetched.
+    That is the mean loss over all ranks and the gradient's norm before clipping, as numbers, and whether
+    `stop` holds anything on any rank. Where loss or norm is not finite, no rank changes its weights. Waits for
+    the device once, before the optimizer, which runs while the next batch is fetched.
     """
     micro_batches = rows.split(micro_batch_size)
     loss = 0
@@ -369,7 +339,8 @@ def train_step(model, optimizers, rows, micro_batch_size, autocast, grad_clip, s
     loss, norm, stopping = report.tolist()          # the wait
     for optimizer in optimizers:
         if math.isfinite(loss) and math.isfinite(norm):
-            scaler.step(optimizer)
+            with InFloat32() if rows.device.type == "cpu" else nullcontext():
+                scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
     scaler.update()
     return loss, norm, stopping > 0
@@ -384,9 +355,9 @@ def evaluate(model, sources, batch_size, autocast):
     for k, rows in enumerate(sources):
         mine = torch.from_numpy(rows[RANK::WORLD].astype(np.int64))
         for i in range(0, len(mine), batch_size):
-            batch = mine[i:i + batch_size].to(device)                                   # (B, T + 1)
+            batch = mine[i:i + batch_size].to(device)                               # (B, T + 1)
             with autocast:
-                losses = model(batch[:, :-1], batch[:, 1:], reduction="none")           # (B, T)
+                losses = model(batch[:, :-1], batch[:, 1:], reduction="none")       # (B, T)
             totals[k] += losses.cpu().double().sum()
     model.train()
     if WORLD > 1:
@@ -395,35 +366,30 @@ def evaluate(model, sources, batch_size, autocast):
     return [total / rows[:, 1:].size for total, rows in zip(totals.tolist(), sources)]
 
 
-# ---- The machine -----------------------------------------------------------------------------
-
-
+# ---- The machine
 def keep_memory():
-    """Let glibc keep freed memory: on a CPU each step allocates the same activations again, and fetching them from
-    the kernel page by page can cost more than the arithmetic. The process keeps its peak (logs/bench-cpu.md)."""
+    """Let glibc keep freed memory: on a CPU each step allocates the same activations again, and fetching them
+    from the kernel can cost more than the arithmetic. The process keeps its peak (logs/bench-cpu.md)."""
     M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8
-    if platform.libc_ver()[0] == "glibc":
+    if platform.libc_ver()[0] == "glibc":       # never trim, grow by 64 MiB, map no single block, one heap
         for key, value in ((M_TRIM_THRESHOLD, -1), (M_TOP_PAD, 2**26), (M_MMAP_MAX, 0), (M_ARENA_MAX, 1)):
-            ctypes.CDLL(None).mallopt(key, value)   # never trim, grow by 64 MiB, no mappings of single blocks, one heap
+            ctypes.CDLL(None).mallopt(key, value)
 
 
 @functools.cache
 def matmul_flops(device, dtype):
     """FLOP/s of this device in a large product of square matrices: what MFU is measured against."""
-    n, repeats, times = (8192, 10, 6) if device.type == "cuda" else (768, 1, 60)
+    n, times, best = (8192, 40, math.inf) if device.type == "cuda" else (768, 60, math.inf)
     a = torch.randn(n, n, device=device).to(dtype)
-    seconds = []
     for _ in range(times):
         start = time.perf_counter()
-        for _ in range(repeats):
-            b = a @ a
-        b[0, 0].item()                      # .item() waits for the device
-        seconds.append(time.perf_counter() - start)
-    return 2 * n**3 * repeats / min(seconds)
+        (a @ a)[0, 0].item()                # .item() waits for the device
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best
 
 
 def faster_dtype(device):
-    """The dtype in which this device multiplies matrices fastest; fp16 only where CUDA has no bf16 units."""
+    """The dtype in which this device multiplies matrices fastest; float16 for CUDA without bf16 units."""
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
     faster = matmul_flops(device, torch.bfloat16) > 1.2 * matmul_flops(device, torch.float32)
@@ -432,16 +398,9 @@ def faster_dtype(device):
 
 def memory(device):
     """The most memory, in bytes, that this process has held at once."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def commit():
-    """The repository's commit, with a + where files differ from it; "" outside a checkout."""
-    return subprocess.run("git describe --always --dirty=+ --exclude='*' --abbrev=12 2>/dev/null", shell=True, text=True,
-                          cwd=os.path.dirname(os.path.abspath(__file__)), stdout=subprocess.PIPE).stdout.strip()
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak
 
 
 @contextmanager
@@ -450,59 +409,58 @@ def writing(path):
     try:
         yield
     except (OSError, RuntimeError) as e:        # torch's writer raises RuntimeError
-        raise OSError(f"{path}: not written ({str(e).splitlines()[0]}); make room, then the same command goes on")
+        reason = str(e).splitlines()[0]
+        raise OSError(f"{path}: not written ({reason}); make room, then the same command goes on") from None
 
 
-# ---- The log ---------------------------------------------------------------------------------
-
-
+# ---- The log
 def perplexity(loss):
     return math.exp(min(loss, 50))      # a loss gone wild must not end the run
 
 
-def read_log(path):
-    """Those records of a .jsonl that can be read: a crash or a full disk may leave half lines and NUL bytes."""
-    records = []
-    with open(path, errors="replace") if os.path.exists(path) else nullcontext(()) as lines:
-        for line in lines:
-            try:
-                record = json.loads(line.strip("\0\n"))
-            except ValueError:
-                continue
-            if isinstance(record, dict) and ("config" in record or isinstance(record.get("step"), int)):
-                records.append(record)
-    return records
-
-
 class Log:
-    """NAME.jsonl, one JSON object a line, and the curve drawn from it."""
+    """NAME.jsonl, one JSON object a line, also printed; and the curve drawn from it. Only rank 0 writes."""
 
     def __init__(self, path, header, step):
-        """Start anew at step 0, else go on from a state saved at `step`. Raises TrainError where wandb lets us not in."""
-        self.path, records = path, read_log(path) if step else []
-        if not records or "config" not in records[0]:
-            records = [header, *records]
-        # at `step` itself training records stay; what is logged before the next step comes again
-        self.records = [r for r in records if "config" in r or r["step"] < step
-                        or r["step"] == step and not {"val_loss", "changed"} & r.keys()]
-        self.wandb = None
-        if header["config"]["wandb"]:
-            import wandb
-            try:        # the id in the first line finds the same run again; what is logged twice is the same twice
-                self.wandb = wandb.init(project=header["config"]["wandb"], config=header["config"], resume="allow",
-                                        name=os.path.basename(path).removesuffix(".jsonl"), id=records[0].get("wandb"))
-            except wandb.Error as e:
-                raise TrainError(f"wandb: {str(e).splitlines()[0]}") from None
+        """Start anew at step 0, else go on from a state saved at `step`, with what can be read of the file."""
+        self.path, self.records, self.wandb = path, [header], None
+        if RANK:
+            return
+        with open(path, errors="replace") if step and os.path.exists(path) else nullcontext(()) as lines:
+            for line in lines:
+                try:
+                    record = json.loads(line.strip("\0\n"))
+                    again = {"val_loss", "changed"} & record.keys()     # what is logged before the next step
+                    if "config" in record:
+                        self.records[0] = record
+                    elif record["step"] < step or record["step"] == step and not again:
+                        self.records.append(record)
+                except (ValueError, KeyError, TypeError, AttributeError):       # half a line, NUL bytes
+                    pass
+        if project := header["config"]["wandb"]:
+            try:        # the id in the header finds the same run again
+                import wandb
+                self.wandb = wandb.init(project=project, config=header["config"], resume="allow",
+                                        name=os.path.basename(path)[:-6], id=self.records[0].get("wandb"))
+            except Exception as e:      # not installed, no account, no network
+                raise TrainError(f"wandb = {project}: {e}; pip install wandb, or leave it out") from None
             self.wandb.define_metric("*", step_metric="tokens")
-            records[0]["wandb"] = self.wandb.id
+            self.records[0]["wandb"] = self.wandb.id
         with writing(path), open(f"{path}.tmp", "w") as f:
             f.writelines(json.dumps(record) + "\n" for record in self.records)
         os.replace(f"{path}.tmp", path)
 
+    def say(self, text):
+        if RANK == 0:
+            print(text, flush=True)
+
     def write(self, **record):
+        values = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items())
+        self.say("   ".join(values))
         self.records.append(record)
-        with writing(self.path), open(self.path, "a") as f:
-            f.write(json.dumps(record) + "\n")
+        if RANK == 0:
+            with writing(self.path), open(self.path, "a") as f:
+                f.write(json.dumps(record) + "\n")
         if self.wandb:
             self.wandb.log(record)
 
@@ -513,10 +471,9 @@ class Log:
         import matplotlib.pyplot as plt
         figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
         for key, label, style in (("loss", "training", "-"), ("val_loss", "validation", "o-")):
-            points = [(r["tokens"], perplexity(r[key])) for r in self.records if key in r and r["step"]]
-            axes.plot(*zip(*points), style, label=label, lw=1, ms=3)
-        axes.set(xlabel="tokens seen", ylabel="perplexity per token", yscale="log",
-                 title=os.path.basename(path).removesuffix(".png"))
+            points = [(r["tokens"], perplexity(r[key])) for r in self.records if r.get("step") and key in r]
+            axes.plot(*np.array(points).reshape(-1, 2).T, style, label=label, lw=1, ms=3)
+        axes.set(xlabel="tokens seen", ylabel="perplexity per token", yscale="log", title=path)
         axes.grid(alpha=0.3, which="both")
         axes.legend()
         with writing(path):
@@ -525,30 +482,23 @@ class Log:
         plt.close(figure)
 
 
-# ---- The plan --------------------------------------------------------------------------------
-
-
+# ---- The plan
 def memory_by_part(model, config, micro, gpus):
     """Bytes on each GPU at the peak, by part: bf16 autocast, compiled, with the kernels of model.py.
 
-    What a layer keeps for its backward was read off the graphs that torch.compile makes (tests/test_train.py): per
-    token and channel, in bf16, both norms' outputs, q, k, v, y, and the MLP before and after its GELU; in fp32 the
-    stream twice; a byte for each dropout mask.
+    What a layer keeps for its backward, per token and channel, is that of torch.compile's graphs: in bf16
+    both norms' outputs, q, k, v, y, the MLP before and after GELU; in fp32 the stream twice; dropout masks.
     """
     N, (V, C), L, tokens = model.num_params(), model.wte.weight.shape, config.n_layer, micro * config.block_size
-    matrices = 12 * L * C * C
-    state = dict(adamw=8 * N, muon=8 * N - 4 * matrices, adafactor=4 * N // C)[config.optimizer]
+    state = dict(adamw=8 * N, muon=8 * N - 48 * L * C * C, adafactor=8 * N // C)[config.optimizer]
     layer = tokens * ((36 + 2 * (config.dropout > 0)) * C + 4 * config.n_head)
-    return {
-        "weights, fp32": 4 * N,
-        "gradients, fp32": 4 * N,
-        f"{config.optimizer} state" + f", shared by {gpus}" * config.zero: state // (gpus if config.zero else 1),
-        "weights, bf16 copies": 2 * (12 * C * C if config.checkpoint else N),
-        "activations" + ", checkpointed" * config.checkpoint:
-            layer + (L - 1) * tokens * 4 * C if config.checkpoint else L * layer,
-        "one layer's backward": tokens * 28 * C + (layer if config.checkpoint else 0),
-        "loss": max(6 * V * C + 2 * min(tokens * V, 2**27), 8 * V * C),
-    }
+    again = config.checkpoint       # layers are recomputed
+    return {"weights and gradients, fp32": 8 * N,
+            f"{config.optimizer} state": state // (gpus if config.zero else 1),
+            "weights, bf16 copies": 2 * (12 * C * C if again else N),
+            "activations": layer + (L - 1) * tokens * 4 * C if again else L * layer,
+            "one layer's backward": tokens * 28 * C + layer * again,
+            "loss": max(6 * V * C + 2 * min(tokens * V, 2**27), 8 * V * C)}
 
 
 def plan(config, name):
@@ -557,28 +507,23 @@ def plan(config, name):
         vocab_size = open_data(config.data, "val")[1]["vocab_size"]
     except NoBin:
         vocab_size = 50257
-    with torch.device("meta"):
-        model = GPT(GPTConfig(vocab_size=vocab_size, **{key: getattr(config, key) for key in ("block_size", *SHAPE)}))
     gpus, T = config.plan, config.block_size
+    with torch.device("meta"):
+        model = GPT(GPTConfig(T, vocab_size, **{key: getattr(config, key) for key in SHAPE}))
     micro, tokens = config.micro_batch_size or config.batch_size // gpus, config.batch_size * T
-    print(f"{name} on {gpus} GPUs: {model.num_params() / 1e6:,.1f}M parameters, a vocabulary of {vocab_size:,}, "
-          f"{model.flops_per_token(T) / 1e9:.2f} GFLOPs per token, {tokens:,} tokens per step: "
-          f"{config.batch_size // (gpus * micro)} micro batches of {micro} x {T} on each GPU\n\n"
-          "| memory per GPU | GB |\n|---|---|")
+    steps = config.max_steps or math.ceil((config.max_tokens or tokens) / tokens)
+    flops = steps * tokens * model.flops_per_token(T)
+    print(f"{name} on {gpus} GPUs: {model.num_params() / 1e6:,.1f}M parameters, {steps:,} steps of {tokens:,} tokens,"
+          f" {steps * tokens / 1e9:.1f}B tokens, {flops:.2e} FLOPs, micro batches of {micro}\n\n| memory per GPU | GB |\n|---|---|")
     parts = memory_by_part(model, config, micro, gpus)
     for part, size in {**parts, "together": sum(parts.values())}.items():
         print(f"| {part} | {size / 1e9:.1f} |")
-    steps = config.max_steps or math.ceil((config.max_tokens or 0) / tokens)
-    flops = steps * tokens * model.flops_per_token(T)
-    print(f"\n{steps:,} steps, {steps * tokens / 1e9:.1f}B tokens, {flops:.2e} FLOPs\n\n"
-          "| TFLOP/s per GPU (MFU times its matmul peak) | hours |\n|---|---|")
+    print("\n| TFLOP/s per GPU | hours |\n|---|---|")
     for speed in (100, 200, 300, 400):
         print(f"| {speed} | {flops / (speed * 1e12 * gpus) / 3600:,.0f} |")
 
 
-# ---- A run -----------------------------------------------------------------------------------
-
-
+# ---- A run
 @dataclass
 class Progress:
     """How far a run has come; saved and restored as a whole."""
@@ -586,27 +531,39 @@ class Progress:
     best: float = math.inf          # lowest validation loss
     best_step: int = 0
     skips: int = 0                  # steps in a row, up to this one, that were not finite
-    mean: dict = field(default_factory=dict)            # average: mean of the weights, on rank 0's CPU ...
-    mean_of: list = field(default_factory=list)         # ... at these steps
+    mean: dict = field(default_factory=dict)        # average: mean of the weights, on rank 0's CPU ...
+    mean_of: list = field(default_factory=list)     # ... at these steps
+
+    def add_to_mean(self, model, points):
+        if not set(self.mean_of) <= points:         # those of an earlier, shorter run
+            self.mean_of = []
+        self.mean_of = [*self.mean_of, self.step]
+        for key, p in model.state_dict().items() if RANK == 0 else ():
+            p = p.float().cpu()
+            self.mean[key] = self.mean[key].lerp(p, 1 / len(self.mean_of)) if len(self.mean_of) > 1 else p.clone()
 
 
-def make_model(config, given, meta, path):
-    """(model, lineage), new or from init_from. Raises ModelError, TrainError."""
+def make_model(config, given, meta, path, state):
+    """(model, lineage) of a state, of init_from, or new. Raises ModelError, TrainError."""
+    if state:
+        model = GPT(GPTConfig(**{**state["model_config"], "dropout": config.dropout}))
+        model.load_state_dict(state["model"])
+        return model, state["lineage"]
     if not config.init_from:
         shape = {key: getattr(config, key) for key in ("block_size", "dropout", *SHAPE)}
         return GPT(GPTConfig(vocab_size=meta["vocab_size"], **shape)), []
     if config.init_from.endswith(".pt") and not os.path.exists(config.init_from):
         with open(path) as f:       # the configs of grown models say how they are made
             commands = [line.strip("# \n") for line in f if "grow.py" in line and config.init_from in line]
-        raise TrainError(f"init_from = {config.init_from}: no such checkpoint" + "; first run: ".join(["", *commands[:1]]))
+        raise TrainError("; first: ".join([f"init_from = {config.init_from}: no such file", *commands[:1]]))
     model, source = load(config.init_from)
     for key in SHAPE:
-        if key in given and getattr(model.config, key) != getattr(config, key):
-            raise TrainError(f"{config.init_from}: {key} is {getattr(model.config, key)}, but the config asks for "
-                             f"{getattr(config, key)}")
+        have, asked = getattr(model.config, key), getattr(config, key)
+        if key in given and have != asked:
+            raise TrainError(f"{config.init_from}: {key} is {have}, but the config asks for {asked}")
     if source["tokenizer"] != meta["tokenizer"] or meta["vocab_size"] > model.config.vocab_size:
-        raise TrainError(f"{config.init_from}: {source['tokenizer']} tokens, a vocabulary of {model.config.vocab_size}; "
-                         f"but {config.data} holds {meta['tokenizer']} tokens, {meta['vocab_size']}")
+        raise TrainError(f"{config.init_from}: {model.config.vocab_size} {source['tokenizer']} tokens, but "
+                         f"{config.data} holds {meta['vocab_size']} {meta['tokenizer']} tokens")
     model.crop_block_size(config.block_size)
     model.config.dropout = config.dropout
     parent = {key: source[key] for key in ("step", "tokens", "flops", "val_loss") if key in source}
@@ -614,240 +571,210 @@ def make_model(config, given, meta, path):
 
 
 def load_state(out, config, given, data):
-    """The state to go on from, None for a new run. Raises TrainError where it is another run's, and before a new run
-    would overwrite what was trained."""
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0       # by torchrun, after a rank died
+    """(state, {key: [old, new]} of the keys that changed), or (None, {}) for a new run.
+
+    data: what identifies the data. Raises TrainError where the state is another run's, and before a new run
+    would overwrite what was trained.
+    """
+    path, restarted = f"{out}.state.pt", os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"   # by torchrun
     if os.path.realpath(config.init_from) in (os.path.realpath(f"{out}{end}.pt") for end in ("", ".avg")):
-        raise TrainError(f"init_from = {config.init_from}: this run would overwrite it; rename the config, or set out_dir")
-    path = f"{out}.state.pt"
-    if not os.path.exists(path) or not (config.resume or restarted):
-        if config.resume and os.path.exists(f"{out}.pt"):
+        raise TrainError(f"init_from = {config.init_from}: this run would overwrite it; choose another out_dir")
+    if not (config.resume or restarted):
+        return None, {}
+    if not os.path.exists(path):
+        if os.path.exists(f"{out}.pt"):
             raise TrainError(f"{out}.pt is here without its .state.pt; --resume=false overwrites it")
-        return None
+        return None, {}
     state = load_pickle(path, mmap=True)        # one copy for all processes of a machine
     if not isinstance(state, dict) or "progress" not in state:
         raise TrainError(f"{path}: not a state of this version of train.py; --resume=false starts over")
-    was = {**state["config"], **state["model_config"], "data": state["data"]}
-    for key, now in {**vars(config), "data": data}.items():
-        inherited = config.init_from and key in SHAPE and key not in given      # then the shape is the checkpoint's
-        if key in (*IDENTITY, "data") and was[key] != now and not inherited:
-            raise TrainError(f"{path}: {key} was {was[key]}, now it is {now}; --resume=false starts over")
-    return state
+    was = {**state["config"], **{key: state["model_config"][key] for key in SHAPE}, "data": state["data"]}
+    same = {"resume"} | {key for key in SHAPE if config.init_from and key not in given}     # the checkpoint's
+    changed = {key: [was.get(key), now] for key, now in {**vars(config), "data": data}.items()
+               if was.get(key) != now and key not in same}
+    for key in IDENTITY:
+        if key in changed:
+            old, new = changed[key]
+            raise TrainError(f"{path}: {key} was {old}, now it is {new}; --resume=false starts over")
+    return state, changed
+
+
+def restore(state, optimizers, scaler):
+    """Moments from a state; rates, decay and betas stay those of the config."""
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        for group, old in zip(optimizer.param_groups, saved["param_groups"]):
+            old.update({**group, "params": old["params"]})
+        optimizer.load_state_dict(saved)
+    if scaler.is_enabled() and state["scaler"]:
+        scaler.load_state_dict(state["scaler"])
 
 
 def main(config, given, name, path, device):
     out, distributed = os.path.join(config.out_dir, name), dist.is_initialized()
-    print0 = print if RANK == 0 else lambda *_: None
 
     # ---- data
     train_bins, meta = open_data(config.data, "train")
     val_bins, val_meta = open_data(config.data, "val")
-    counts = apportion(list(config.data.values()) if isinstance(config.data, dict) else [1])
+    counts = apportion(config.data.values() if isinstance(config.data, dict) else [1])
     loader = Loader([Blocks(bins, config.block_size, source) for source, bins in train_bins.items()], counts,
                     config.batch_size, config.seed)
     val_rows = [Blocks(bins, config.block_size, f"{source}, validation").spread(config.eval_tokens)
                 for source, bins in val_bins.items()]
-    data = dict(train=meta["fingerprint"][:16], val=val_meta["fingerprint"][:16], shares=counts.tolist())
-    tokens_per_step, n_blocks = config.batch_size * config.block_size, sum(map(len, loader.sources))
+    n_blocks, tokens_per_step = sum(map(len, loader.sources)), config.batch_size * config.block_size
     max_steps = math.ceil(min(config.max_steps or math.inf, (config.max_tokens or math.inf) / tokens_per_step,
                               (config.max_epochs or math.inf) * n_blocks / config.batch_size))
+    data = dict(train=meta["fingerprint"][:16], val=val_meta["fingerprint"][:16], counts=counts.tolist())
 
     # ---- model and optimizer, new or where the run stopped
+    state, changed = load_state(out, config, given, data)
     torch.manual_seed(config.seed)
-    state = load_state(out, config, given, data)
-    if LOCAL_RANK:          # only the first process of a machine downloads
+    if LOCAL_RANK:              # the others of a machine wait, so that only one process downloads
         dist.barrier()
     tokenizer = get_tokenizer(meta["tokenizer"])
-    if state:
-        model, lineage = GPT(GPTConfig(**state["model_config"])), state["lineage"]
-        model.load_state_dict(state["model"])
-        model.config.dropout = config.dropout
-    else:
-        model, lineage = make_model(config, given, meta, path)
+    model, lineage = make_model(config, given, meta, path, state)
     if distributed and not LOCAL_RANK:
         dist.barrier()
     model.to(device).train()
     model.checkpointing = config.checkpoint
-    dtype = [config.dtype if config.dtype != "auto" else state["dtype"] if state else faster_dtype(device)]
-    if distributed:         # one choice for all ranks
-        dist.broadcast_object_list(dtype)
-    dtype = dtype[0]
+    dtype = config.dtype if config.dtype != "auto" else state["dtype"] if state else faster_dtype(device)
+    if distributed:             # ranks may have measured differently
+        dist.broadcast_object_list(choice := [dtype])
+        dtype = choice[0]
     autocast = torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
-    optimizers = make_optimizer(model, config)
-    run, changed = Progress(), {}
+    optimizers, run = make_optimizer(model, config), Progress()
     if state:
+        restore(state, optimizers, scaler)
         run = Progress(**state["progress"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            for group, old in zip(optimizer.param_groups, saved["param_groups"]):
-                old.update({**group, "params": old["params"]})      # rates, decay and betas are this run's
-            optimizer.load_state_dict(saved)
-        if scaler.is_enabled() and state["scaler"]:
-            scaler.load_state_dict(state["scaler"])
-        changed = {key: [state["config"].get(key), value] for key, value in asdict(config).items()
-                   if key not in (*IDENTITY, "resume") and state["config"].get(key) != value}
-        if "eval_tokens" in changed:
-            run.best = math.inf     # losses on other tokens cannot be compared
+    if "eval_tokens" in changed:
+        run.best = math.inf     # losses on other tokens cannot be compared
     if config.compile or config.compile is None and device.type == "cuda":
         model.compile()
     runner = DistributedDataParallel(model, gradient_as_bucket_view=True) if distributed else model
 
     # ---- the log and its units
-    shares = counts / DECK
-    targets = [rows[:, 1:] for rows in val_rows]
+    shares, targets = counts / DECK, [rows[:, 1:] for rows in val_rows]
     n_words = [count_words(rows.ravel(), tokenizer) for rows in targets]
     words_per_token = max(1e-9, shares @ [n / rows.size for n, rows in zip(n_words, targets)])
     bytes_per_token = shares @ [token_bytes(tokenizer)[rows].mean() for rows in targets]
     flops_per_step = model.flops_per_token(config.block_size) * tokens_per_step
     peak = WORLD * matmul_flops(device, getattr(torch, dtype))
-    print0(f"{name}: {model.num_params() / 1e6:.1f}M parameters, {meta['tokenizer']} tokens, "
-           f"{sum(len(tokens) for bins in train_bins.values() for tokens in bins):,} for training from {config.data}")
-    print0(f"{WORLD} process{'es' * (WORLD > 1)} on {device.type}, {dtype}, {max_steps} steps of "
-           f"{tokens_per_step:,} tokens, {max_steps * config.batch_size / n_blocks:.2f} epochs")
+    commit = subprocess.run("git describe --always --dirty=+ --exclude='*' --abbrev=12 2>/dev/null", shell=True,
+                            cwd=os.path.dirname(os.path.abspath(__file__)), capture_output=True, text=True)
+    log = Log(f"{out}.jsonl", dict(
+        config=asdict(config), parameters=model.num_params(), dtype=dtype, world=WORLD,
+        versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__),
+        device=torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or device.type,
+        commit=commit.stdout.strip(), data=meta["fingerprint"], lineage=lineage), run.step)
+    log.say(f"{name}: {model.num_params() / 1e6:.1f}M parameters, {max_steps} steps of {tokens_per_step:,} "
+            f"{meta['tokenizer']} tokens, {max_steps * config.batch_size / n_blocks:.2f} epochs of {config.data}, "
+            f"on {WORLD} x {device.type} in {dtype}")
     for parent in lineage:
-        print0(f"comes from {parent['from']}", *(f"{k} {v:,}" for k, v in parent.items() if k in ("tokens", "flops")))
+        log.say(f"comes from {parent['from']}")
     if state:
-        print0(f"going on from {out}.state.pt at step {run.step}; --resume=false starts over", changed or "")
-    log = None
-    if RANK == 0:
-        versions = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
-        log = Log(f"{out}.jsonl", dict(
-            config=asdict(config), parameters=model.num_params(), dtype=dtype, world=WORLD, versions=versions,
-            device=torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or device.type,
-            commit=commit(), data=meta["fingerprint"], lineage=lineage), run.step)
-        if changed:
-            log.write(step=run.step, changed=changed)
+        log.say(f"going on from {out}.state.pt at step {run.step}; --resume=false starts over")
+    if changed:
+        log.write(step=run.step, changed=changed)
 
     def save_model(file, loss):
-        with writing(file):
-            save(file, model, tokenizer=meta["tokenizer"], step=run.step, tokens=run.step * tokens_per_step,
-                 flops=run.step * flops_per_step, val_loss=loss, data=config.data, fingerprint=meta["fingerprint"],
-                 lineage=lineage)
+        if RANK == 0:
+            with writing(file):
+                save(file, model, tokenizer=meta["tokenizer"], step=run.step, tokens=run.step * tokens_per_step,
+                     flops=run.step * flops_per_step, val_loss=loss, data=config.data,
+                     fingerprint=meta["fingerprint"], lineage=lineage)
 
     stop, stopping = [], False      # SIGINT and SIGTERM: finish the step, save, leave
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.append(True))
     micro = config.micro_batch_size or config.batch_size // WORLD
-    mean_at = sorted({round(max_steps * (1 - 0.2 * i / config.average)) for i in range(config.average)})
-    saved_step, start = run.step if state else None, run.step
-    began = since = time.perf_counter()
-    since_step = start
+    mean_at = {round(max_steps * (1 - 0.2 * i / config.average)) for i in range(config.average)}
+    since, since_step, saved_step = time.perf_counter(), run.step, run.step if state else None
     while True:
-        # ---- save, before the evaluation: no step is done twice
-        due = run.step % config.save_interval == 0 or run.step % config.eval_interval == 0 or run.step >= max_steps
-        if (due or stopping) and run.step != saved_step:
+        # ---- save, before the evaluation: then no step is done twice
+        ending, evaluating = run.step >= max_steps, run.step % config.eval_interval == 0
+        if (stopping or ending or evaluating or run.step % config.save_interval == 0) and run.step != saved_step:
             for optimizer in optimizers if config.zero and distributed else ():
                 optimizer.consolidate_state_dict(to=0)
             if RANK == 0:
                 with writing(f"{out}.state.pt"):
-                    atomic_save(dict(model=model.state_dict(), model_config=asdict(model.config), progress=vars(run),
+                    atomic_save(dict(model=model.state_dict(), model_config=asdict(model.config),
                                      optimizers=[optimizer.state_dict() for optimizer in optimizers],
-                                     scaler=scaler.state_dict(), config=asdict(config), dtype=dtype, data=data,
-                                     lineage=lineage), f"{out}.state.pt")
+                                     scaler=scaler.state_dict(), progress=vars(run), config=asdict(config),
+                                     dtype=dtype, data=data, lineage=lineage), f"{out}.state.pt")
         if stopping:
-            print0(f"stopped at step {run.step}; the same command goes on from {out}.state.pt")
-            return
+            return log.say(f"stopped at step {run.step}; the same command goes on from {out}.state.pt")
 
         # ---- evaluate
-        tokens = run.step * tokens_per_step
-        if run.step % config.eval_interval == 0 or run.step >= max_steps:
+        if ending or evaluating:
             losses = evaluate(model, val_rows, micro, autocast)
             val_loss = float(shares @ losses)
-            record = dict(step=run.step, tokens=tokens, val_loss=val_loss,
-                          bits_per_byte=val_loss / math.log(2) / bytes_per_token,
-                          word_perplexity=perplexity(val_loss / words_per_token))
-            print0(f"step {run.step:6}   val loss {val_loss:.4f}   perplexity {perplexity(val_loss):,.2f}   "
-                   f"bits per byte {record['bits_per_byte']:.4f}")
-            if len(losses) > 1:     # a mixture: the loss on each source, and how often it has been seen
-                epochs = [run.step * config.batch_size * n / DECK / len(blocks) for n, blocks in zip(counts, loader.sources)]
-                record |= dict(val_losses=dict(zip(val_bins, losses)), epochs=dict(zip(val_bins, epochs)))
-                for source, loss, times in zip(val_bins, losses, epochs):
-                    print0(f"              val loss {loss:.4f}   {times:.2f} epochs   {source}")
-            if RANK == 0:
-                log.write(**record)
-                if val_loss < run.best:
-                    save_model(f"{out}.pt", val_loss)
-                if run.step:
-                    log.plot(f"{out}.png")
             if val_loss < run.best:
                 run.best, run.best_step = val_loss, run.step
+                save_model(f"{out}.pt", val_loss)
+            record = dict(val_loss=val_loss, bits_per_byte=val_loss / math.log(2) / bytes_per_token,
+                          word_perplexity=perplexity(val_loss / words_per_token))
+            if len(losses) > 1:     # a mixture: the loss on each source, and how often it has been seen
+                seen = run.step * config.batch_size * shares / [len(blocks) for blocks in loader.sources]
+                record |= dict(val_losses=dict(zip(val_bins, losses)), epochs=dict(zip(val_bins, seen.tolist())))
+            log.write(step=run.step, tokens=run.step * tokens_per_step, **record)
+            if RANK == 0 and run.step:
+                log.plot(f"{out}.png")
             since, since_step = time.perf_counter(), run.step
-            began = since if run.step == start else began       # the first evaluation comes before any step
-        if run.step >= max_steps:
+        if ending:
             break
 
         # ---- step
         lr = learning_rate(run.step, config, max_steps)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group["lr_scale"]
+        for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
+            group["lr"] = lr * group["lr_scale"]
         # dropout, the only draw in a step, depends on (seed, step, rank) alone
         torch.manual_seed(int(np.random.SeedSequence([config.seed, run.step, RANK]).generate_state(1)[0]))
         rows = loader.batch(run.step, RANK, WORLD)
         rows = (rows.pin_memory() if device.type == "cuda" else rows).to(device, non_blocking=True)
         loss, norm, stopping = train_step(runner, optimizers, rows, micro, autocast, config.grad_clip, scaler, stop)
         run.step += 1
-        record = dict(step=run.step, tokens=run.step * tokens_per_step)
         run.skips = 0 if math.isfinite(loss) and math.isfinite(norm) else run.skips + 1
+        record = dict(step=run.step, tokens=run.step * tokens_per_step)
         if run.skips:
-            print0(f"step {run.step:6}   skipped: loss {loss}, norm {norm}")
-            record |= dict(skipped=f"loss {loss}, norm {norm}")
+            log.write(**record, skipped=f"loss {loss}, norm {norm}")
         elif run.step % config.log_interval == 0 or run.step == max_steps:
             now = time.perf_counter()
             speed = (run.step - since_step) / max(now - since, 1e-9)        # steps per second
-            left = timedelta(seconds=int((max_steps - run.step) * (now - began) / (run.step - start)))
-            mfu, held = speed * flops_per_step / peak, memory(device)
             since, since_step = now, run.step
-            print0(f"step {run.step:6}/{max_steps}   {record['tokens'] / 1e6:.2f}M tokens   loss {loss:.4f}   "
-                   f"norm {norm:.2f}   lr {lr:.2e}   {speed * tokens_per_step:,.0f} tok/s   MFU {mfu:.0%}   "
-                   f"{held / 2**30:.1f} GiB   left {left}")
-            record |= dict(loss=loss, norm=norm, lr=lr, tokens_per_second=round(speed * tokens_per_step),
-                           mfu=round(mfu, 4), bytes_held=held)
-        if RANK == 0 and len(record) > 2:
-            log.write(**record)
+            log.write(**record, loss=loss, norm=norm, lr=lr, tokens_per_second=round(speed * tokens_per_step),
+                      mfu=round(speed * flops_per_step / peak, 4), bytes_held=memory(device),
+                      left=str(timedelta(seconds=int((max_steps - run.step) / speed))))
         if run.skips == MAX_SKIPS:
-            raise TrainError(f"{name}: {MAX_SKIPS} steps in a row, up to step {run.step}, were not finite; {out}.state.pt "
-                             "is as it was last saved; lower learning_rate, or change seed")
+            raise TrainError(f"{MAX_SKIPS} steps in a row, up to step {run.step}, were not finite; {out}.state.pt is "
+                             "as it was last saved; lower learning_rate, or change seed")
         if run.step in mean_at:
-            if not set(run.mean_of) <= set(mean_at):        # the points of an earlier, shorter run
-                run.mean_of = []
-            for key, p in model.state_dict().items() if RANK == 0 else ():
-                p = p.float().cpu()
-                run.mean[key] = run.mean[key].lerp(p, 1 / (len(run.mean_of) + 1)) if run.mean_of else p.clone()
-            run.mean_of = [*run.mean_of, run.step]
+            run.add_to_mean(model, mean_at)
 
-    # ---- the end: the averaged weights, a row for a table, a sample
+    # ---- the end: the mean of the weights, a row for a table, a sample
     if run.mean_of:
         if RANK == 0:
             model.load_state_dict(run.mean)
         for p in model.parameters() if distributed else ():
             dist.broadcast(p.data, 0)
         mean_loss = float(shares @ evaluate(model, val_rows, micro, autocast))
-        print0(f"mean of the weights at steps {', '.join(map(str, run.mean_of))}: val loss {mean_loss:.4f} (the last "
-               f"alone {val_loss:.4f}), {out}.avg.pt")
-        if RANK == 0:
-            save_model(f"{out}.avg.pt", mean_loss)
-    if RANK == 0:
-        train_loss = next((r["loss"] for r in reversed(log.records) if "loss" in r), math.nan)
-        epochs = config.batch_size / n_blocks
-        print(f"\non {sum(rows.size for rows in targets):,} tokens for validation, {sum(n_words):,} words, "
-              f"{record['bits_per_byte']:.4f} bits per byte:\n\n"
-              "| context | model | train loss | val loss | val ppl | adj val ppl | best epoch | run |\n"
-              f"|---|---|---|---|---|---|---|---|\n| {config.block_size} | "
-              f"{config.init_from or f'{model.num_params() / 1e6:.1f}M'} | {train_loss:.4f} | {val_loss:.4f} | "
-              f"{perplexity(val_loss):,.2f} | {record['word_perplexity']:,.2f} | {run.best_step * epochs:.2f} of "
-              f"{run.step * epochs:.2f} | {out} |\n\ncheckpoint {out}.pt\nlog        {out}.jsonl\n"
-              f"curve      {out}.png")
-        if log.wandb:
-            log.wandb.finish()
-        try:
-            model.config.vocab_size = tokenizer.n_vocab     # nothing that it cannot decode
-            prompt = torch.from_numpy(val_rows[0][:1, :32].astype(np.int64)).to(device)
-            with autocast:
-                sample = model.eval().generate(prompt, 400, temperature=0.8)[0].tolist()
-            print(f"\na sample, 400 tokens after the first 32 for validation:\n\n{tokenizer.decode(sample)}")
-        except Exception as e:      # all is saved
-            print(f"warning: no sample: {e}", file=sys.stderr)
+        save_model(f"{out}.avg.pt", mean_loss)
+        log.say(f"mean of the weights at steps {run.mean_of}: val loss {mean_loss:.4f}, {out}.avg.pt")
+    train_loss = next((r["loss"] for r in reversed(log.records) if "loss" in r), math.nan)
+    ppl, word_ppl, epochs = perplexity(val_loss), record["word_perplexity"], config.batch_size / n_blocks
+    log.say(f"\n{sum(n_words):,} words in {sum(rows.size for rows in targets):,} tokens for validation\n\n"
+            "| context | model | train loss | val loss | val ppl | adj val ppl | best epoch | run |\n|---|---|---|---"
+            f"|---|---|---|---|\n| {config.block_size} | {config.init_from or name} | {train_loss:.4f} | {val_loss:.4f}"
+            f" | {ppl:.2f} | {word_ppl:.2f} | {run.best_step * epochs:.2f} of {run.step * epochs:.2f} | {out} |")
+    if log.wandb:
+        log.wandb.finish()
+    try:        # all is saved
+        model.config.vocab_size = tokenizer.n_vocab     # only what it can decode
+        prompt = torch.from_numpy(val_rows[0][:1, :32].astype(np.int64)).to(device)
+        with autocast:
+            sample = model.eval().generate(prompt, 400, temperature=0.8)[0].tolist()
+        log.say(f"\na sample, 400 tokens after the first 32 for validation:\n\n{tokenizer.decode(sample)}")
+    except Exception as e:
+        log.say(f"warning: no sample: {type(e).__name__}: {e}")
 
 
 def start(argv):
