@@ -112,10 +112,11 @@ class Config:
 SHAPE = ("n_layer", "n_head", "n_embd", "bias", "pos")
 IDENTITY = ("data", "init_from", "seed", "batch_size", "block_size", "optimizer", *SHAPE)   # fixed for a run
 CHOICES = dict(device=("auto", "cuda", "mps", "cpu"), dtype=("auto", "float32", "bfloat16", "float16"),
-               optimizer=("adamw", "adafactor", "muon"), schedule=("cosine", "linear", "constant"))
+               optimizer=("adamw", "adafactor", "muon"), schedule=("cosine", "linear", "constant"),
+               pos=("learned", "alibi"))
 MAY_BE_ZERO = ("seed", "plan", "min_lr", "warmup_steps", "weight_decay", "beta1", "beta2", "grad_clip",
                "average", "dropout")
-BELOW = dict(beta1=1, beta2=1, seed=2**32)
+BELOW = dict(beta1=1, beta2=1, dropout=1, seed=2**32)
 
 
 def configure(argv, world=1):
@@ -180,13 +181,15 @@ def check(config, path, world):
                apportion(config.data.values()).all(), "data", f"shares of at least one sample in {DECK}")
         config.data = {os.path.expanduser(folder): share for folder, share in config.data.items()}
     expect(config.data, "data", "a folder made by prepare.py")
-    expect(config.max_steps or config.max_tokens or config.max_epochs, "max_steps", "a length")
+    expect(config.max_steps or config.max_tokens or config.max_epochs, "max_steps",
+           "a length: max_steps, max_tokens or max_epochs")
     micro = config.micro_batch_size or max(1, config.batch_size // world)
     expect(config.batch_size % (world * micro) == 0, "batch_size",
            f"a multiple of {world} processes x micro_batch_size {micro}")
     expect(not config.zero or config.optimizer != "adafactor", "zero", "False: adafactor's state is small")
     expect(not config.adamw_lr or config.optimizer == "muon", "adamw_lr", "optimizer = muon along with it")
-    GPTConfig(**{key: getattr(config, key) for key in ("block_size", "dropout", *SHAPE)})
+    if not config.init_from:
+        GPTConfig(**{key: getattr(config, key) for key in ("block_size", "dropout", *SHAPE)})
 
 
 # ---- Data: which tokens a step sees is a pure function of (seed, step)
@@ -229,27 +232,24 @@ def apportion(shares):
 class Loader:
     """Batches of blocks. Each source comes in a new random order each epoch, every block once.
 
-    sources: Blocks; counts: samples of each source in a deck. Sample i of a step is the same for any number
-    of processes, so a run needs no loader state to resume, and sees the same batches on more GPUs.
+    sources: Blocks; shares: of each source. Samples are dealt from one shuffled deck, over and over. Sample i of a
+    step is the same for any number of processes, so a run needs no loader state to resume.
     """
 
-    def __init__(self, sources, counts, batch_size, seed):
-        self.sources, self.counts, self.batch_size, self.seed = sources, counts, batch_size, seed
-        self.cards = np.repeat(np.arange(len(sources)), counts)
+    def __init__(self, sources, shares, batch_size, seed):
+        self.sources, self.counts, self.batch_size = sources, apportion(shares), batch_size
 
-        @functools.lru_cache(len(sources) + 1)      # an order for each source, and the deck
+        @functools.lru_cache(len(sources))      # the present order of each source
         def permutation(n, *key):       # numpy guarantees that RandomState's streams never change
             return np.random.RandomState([seed, *key]).permutation(n)
         self.permutation = permutation
+        self.deck = np.repeat(np.arange(len(sources)), self.counts)[permutation(DECK, 0, 0, 0)]
 
     def block(self, sample):
         """The sample-th sample since the start of training: (T + 1,) uint16."""
-        k, i = 0, sample                # it is source k's i-th
-        if len(self.sources) > 1:
-            number, place = divmod(sample, DECK)
-            deck = self.cards[self.permutation(DECK, number, 0, 0)]
-            k = int(deck[place])
-            i = int(number * self.counts[k] + (deck[:place] == k).sum())
+        decks, place = divmod(sample, DECK)
+        k = int(self.deck[place])
+        i = decks * int(self.counts[k]) + int((self.deck[:place] == k).sum())   # it is source k's i-th
         n = len(self.sources[k])
         epoch, i = divmod(i, n)
         order = self.permutation(n, epoch, k) if k else self.permutation(n, epoch)
@@ -260,6 +260,18 @@ class Loader:
         share = self.batch_size // world
         first = step * self.batch_size + rank * share
         return torch.from_numpy(np.stack([self.block(first + i) for i in range(share)]).astype(np.int64))
+
+
+def open_sources(config):
+    """(Loader, {source: validation rows}, meta of the data, what identifies it)."""
+    T = config.block_size
+    bins, meta = open_data(config.data, "train")
+    val_bins, val_meta = open_data(config.data, "val")
+    shares = config.data.values() if isinstance(config.data, dict) else [1]
+    loader = Loader([Blocks(bins[name], T, name) for name in bins], shares, config.batch_size, config.seed)
+    val_rows = {name: Blocks(val_bins[name], T, f"{name}, validation").spread(config.eval_tokens) for name in val_bins}
+    return loader, val_rows, meta, dict(train=meta["fingerprint"][:16], val=val_meta["fingerprint"][:16],
+                                        shares=loader.counts.tolist())
 
 
 # ---- The step
@@ -275,7 +287,7 @@ def learning_rate(step, config, max_steps):
 
 
 class InFloat32(TorchFunctionMode):
-    """Leaves out conversions to bf16: torch's Muon has one, and is 20 times slower on CPUs without bf16 units."""
+    """Leaves out the conversion to bf16 in torch's Muon, 20 times slower on CPUs without bf16 units."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         return args[0] if func is torch.Tensor.bfloat16 else func(*args, **(kwargs or {}))
@@ -315,9 +327,9 @@ def make_optimizer(model, config):
 def train_step(model, optimizers, rows, micro_batch_size, autocast, grad_clip, scaler, stop=()):
     """One step over rows (share, T + 1), micro_batch_size of them at a time: (loss, norm, stopping).
 
-    That is the mean loss over all ranks and the gradient's norm before clipping, as numbers, and whether
-    `stop` holds anything on any rank. Where loss or norm is not finite, no rank changes its weights. Waits for
-    the device once, before the optimizer, which runs while the next batch is fetched.
+    These are the mean loss over all ranks and the gradient's norm before clipping, as numbers, and whether
+    `stop` holds anything on any rank. Where loss or norm is not finite, no rank changes its weights. Waits
+    for the device once, before the optimizer, which runs while the next batch is fetched.
     """
     micro_batches = rows.split(micro_batch_size)
     loss = 0
@@ -422,7 +434,7 @@ class Log:
     """NAME.jsonl, one JSON object a line, also printed; and the curve drawn from it. Only rank 0 writes."""
 
     def __init__(self, path, header, step):
-        """Start anew at step 0, else go on from a state saved at `step`, with what can be read of the file."""
+        """Start anew at step 0, else go on from a state saved at `step` with what can be read of the file."""
         self.path, self.records, self.wandb = path, [header], None
         if RANK:
             return
@@ -450,9 +462,9 @@ class Log:
             f.writelines(json.dumps(record) + "\n" for record in self.records)
         os.replace(f"{path}.tmp", path)
 
-    def say(self, text):
+    def say(self, *text):
         if RANK == 0:
-            print(text, flush=True)
+            print(*text, sep="\n", flush=True)
 
     def write(self, **record):
         values = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items())
@@ -489,7 +501,8 @@ def memory_by_part(model, config, micro, gpus):
     What a layer keeps for its backward, per token and channel, is that of torch.compile's graphs: in bf16
     both norms' outputs, q, k, v, y, the MLP before and after GELU; in fp32 the stream twice; dropout masks.
     """
-    N, (V, C), L, tokens = model.num_params(), model.wte.weight.shape, config.n_layer, micro * config.block_size
+    N, (V, C), L = model.num_params(), model.wte.weight.shape, config.n_layer
+    tokens = micro * config.block_size
     state = dict(adamw=8 * N, muon=8 * N - 48 * L * C * C, adafactor=8 * N // C)[config.optimizer]
     layer = tokens * ((36 + 2 * (config.dropout > 0)) * C + 4 * config.n_head)
     again = config.checkpoint       # layers are recomputed
@@ -513,8 +526,9 @@ def plan(config, name):
     micro, tokens = config.micro_batch_size or config.batch_size // gpus, config.batch_size * T
     steps = config.max_steps or math.ceil((config.max_tokens or tokens) / tokens)
     flops = steps * tokens * model.flops_per_token(T)
-    print(f"{name} on {gpus} GPUs: {model.num_params() / 1e6:,.1f}M parameters, {steps:,} steps of {tokens:,} tokens,"
-          f" {steps * tokens / 1e9:.1f}B tokens, {flops:.2e} FLOPs, micro batches of {micro}\n\n| memory per GPU | GB |\n|---|---|")
+    print(f"{name} on {gpus} GPUs: {model.num_params() / 1e6:,.1f}M parameters, {steps:,} steps of {tokens:,} "
+          f"tokens, {steps * tokens / 1e9:.1f}B tokens, {flops:.2e} FLOPs, micro batches of {micro}\n\n"
+          "| memory per GPU | GB |\n|---|---|")
     parts = memory_by_part(model, config, micro, gpus)
     for part, size in {**parts, "together": sum(parts.values())}.items():
         print(f"| {part} | {size / 1e9:.1f} |")
@@ -538,9 +552,10 @@ class Progress:
         if not set(self.mean_of) <= points:         # those of an earlier, shorter run
             self.mean_of = []
         self.mean_of = [*self.mean_of, self.step]
+        n = len(self.mean_of)
         for key, p in model.state_dict().items() if RANK == 0 else ():
             p = p.float().cpu()
-            self.mean[key] = self.mean[key].lerp(p, 1 / len(self.mean_of)) if len(self.mean_of) > 1 else p.clone()
+            self.mean[key] = self.mean[key].lerp(p, 1 / n) if n > 1 else p.clone()
 
 
 def make_model(config, given, meta, path, state):
@@ -576,9 +591,10 @@ def load_state(out, config, given, data):
     data: what identifies the data. Raises TrainError where the state is another run's, and before a new run
     would overwrite what was trained.
     """
-    path, restarted = f"{out}.state.pt", os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"   # by torchrun
+    path = f"{out}.state.pt"
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"        # by torchrun, after a crash
     if os.path.realpath(config.init_from) in (os.path.realpath(f"{out}{end}.pt") for end in ("", ".avg")):
-        raise TrainError(f"init_from = {config.init_from}: this run would overwrite it; choose another out_dir")
+        raise TrainError(f"init_from = {config.init_from}: this run would overwrite it; choose an out_dir")
     if not (config.resume or restarted):
         return None, {}
     if not os.path.exists(path):
@@ -599,6 +615,30 @@ def load_state(out, config, given, data):
     return state, changed
 
 
+def commit():
+    """The repository's commit, with a + where files differ from it; "" outside a checkout."""
+    git, folder = "git describe --always --dirty=+ --exclude='*' --abbrev=12", os.path.dirname(__file__) or "."
+    return subprocess.run(git, shell=True, cwd=folder, capture_output=True, text=True).stdout.strip()
+
+
+def units(targets, tokenizer):
+    """(bytes, words) of text per token of targets."""
+    n_words = count_words(targets.ravel(), tokenizer)
+    return token_bytes(tokenizer)[targets].mean(), max(1e-9, n_words / targets.size)
+
+
+def sample(model, tokenizer, prompt, autocast):
+    """400 tokens after prompt (T,), or a warning: all is saved when this comes."""
+    try:
+        model.config.vocab_size = tokenizer.n_vocab     # only what it can decode
+        idx = torch.from_numpy(prompt.astype(np.int64))[None].to(model.wte.weight.device)       # (1, T)
+        with autocast:
+            tokens = model.eval().generate(idx, 400, temperature=0.8)[0].tolist()
+        return f"\na sample, 400 tokens after the first {len(prompt)}:\n\n{tokenizer.decode(tokens)}"
+    except Exception as e:
+        return f"warning: no sample: {type(e).__name__}: {e}"
+
+
 def restore(state, optimizers, scaler):
     """Moments from a state; rates, decay and betas stay those of the config."""
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
@@ -613,17 +653,10 @@ def main(config, given, name, path, device):
     out, distributed = os.path.join(config.out_dir, name), dist.is_initialized()
 
     # ---- data
-    train_bins, meta = open_data(config.data, "train")
-    val_bins, val_meta = open_data(config.data, "val")
-    counts = apportion(config.data.values() if isinstance(config.data, dict) else [1])
-    loader = Loader([Blocks(bins, config.block_size, source) for source, bins in train_bins.items()], counts,
-                    config.batch_size, config.seed)
-    val_rows = [Blocks(bins, config.block_size, f"{source}, validation").spread(config.eval_tokens)
-                for source, bins in val_bins.items()]
+    loader, val_rows, meta, data = open_sources(config)
     n_blocks, tokens_per_step = sum(map(len, loader.sources)), config.batch_size * config.block_size
     max_steps = math.ceil(min(config.max_steps or math.inf, (config.max_tokens or math.inf) / tokens_per_step,
                               (config.max_epochs or math.inf) * n_blocks / config.batch_size))
-    data = dict(train=meta["fingerprint"][:16], val=val_meta["fingerprint"][:16], counts=counts.tolist())
 
     # ---- model and optimizer, new or where the run stopped
     state, changed = load_state(out, config, given, data)
@@ -653,24 +686,19 @@ def main(config, given, name, path, device):
     runner = DistributedDataParallel(model, gradient_as_bucket_view=True) if distributed else model
 
     # ---- the log and its units
-    shares, targets = counts / DECK, [rows[:, 1:] for rows in val_rows]
-    n_words = [count_words(rows.ravel(), tokenizer) for rows in targets]
-    words_per_token = max(1e-9, shares @ [n / rows.size for n, rows in zip(n_words, targets)])
-    bytes_per_token = shares @ [token_bytes(tokenizer)[rows].mean() for rows in targets]
+    shares = loader.counts / DECK
+    bytes_per_token, words_per_token = shares @ [units(rows[:, 1:], tokenizer) for rows in val_rows.values()]
     flops_per_step = model.flops_per_token(config.block_size) * tokens_per_step
     peak = WORLD * matmul_flops(device, getattr(torch, dtype))
-    commit = subprocess.run("git describe --always --dirty=+ --exclude='*' --abbrev=12 2>/dev/null", shell=True,
-                            cwd=os.path.dirname(os.path.abspath(__file__)), capture_output=True, text=True)
     log = Log(f"{out}.jsonl", dict(
         config=asdict(config), parameters=model.num_params(), dtype=dtype, world=WORLD,
         versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__),
         device=torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or device.type,
-        commit=commit.stdout.strip(), data=meta["fingerprint"], lineage=lineage), run.step)
+        commit=commit(), data=meta["fingerprint"], lineage=lineage), run.step)
+    epochs = config.batch_size / n_blocks       # per step
     log.say(f"{name}: {model.num_params() / 1e6:.1f}M parameters, {max_steps} steps of {tokens_per_step:,} "
-            f"{meta['tokenizer']} tokens, {max_steps * config.batch_size / n_blocks:.2f} epochs of {config.data}, "
-            f"on {WORLD} x {device.type} in {dtype}")
-    for parent in lineage:
-        log.say(f"comes from {parent['from']}")
+            f"{meta['tokenizer']} tokens, {max_steps * epochs:.2f} epochs of {config.data}, "
+            f"on {WORLD} x {device.type} in {dtype}", *(f"from {parent['from']}" for parent in lineage))
     if state:
         log.say(f"going on from {out}.state.pt at step {run.step}; --resume=false starts over")
     if changed:
@@ -679,20 +707,22 @@ def main(config, given, name, path, device):
     def save_model(file, loss):
         if RANK == 0:
             with writing(file):
-                save(file, model, tokenizer=meta["tokenizer"], step=run.step, tokens=run.step * tokens_per_step,
-                     flops=run.step * flops_per_step, val_loss=loss, data=config.data,
-                     fingerprint=meta["fingerprint"], lineage=lineage)
+                save(file, model, tokenizer=meta["tokenizer"], data=config.data, fingerprint=meta["fingerprint"],
+                     step=run.step, tokens=run.step * tokens_per_step, flops=run.step * flops_per_step,
+                     val_loss=loss, lineage=lineage)
 
     stop, stopping = [], False      # SIGINT and SIGTERM: finish the step, save, leave
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.append(True))
     micro = config.micro_batch_size or config.batch_size // WORLD
     mean_at = {round(max_steps * (1 - 0.2 * i / config.average)) for i in range(config.average)}
-    since, since_step, saved_step = time.perf_counter(), run.step, run.step if state else None
+    since, since_step, saved_step = time.perf_counter(), run.step, run.step if state else -1
     while True:
         # ---- save, before the evaluation: then no step is done twice
-        ending, evaluating = run.step >= max_steps, run.step % config.eval_interval == 0
-        if (stopping or ending or evaluating or run.step % config.save_interval == 0) and run.step != saved_step:
+        ending = run.step >= max_steps
+        evaluating = ending or run.step % config.eval_interval == 0
+        due = stopping or evaluating or run.step % config.save_interval == 0
+        if due and run.step != saved_step:
             for optimizer in optimizers if config.zero and distributed else ():
                 optimizer.consolidate_state_dict(to=0)
             if RANK == 0:
@@ -705,8 +735,8 @@ def main(config, given, name, path, device):
             return log.say(f"stopped at step {run.step}; the same command goes on from {out}.state.pt")
 
         # ---- evaluate
-        if ending or evaluating:
-            losses = evaluate(model, val_rows, micro, autocast)
+        if evaluating:
+            losses = evaluate(model, list(val_rows.values()), micro, autocast)
             val_loss = float(shares @ losses)
             if val_loss < run.best:
                 run.best, run.best_step = val_loss, run.step
@@ -715,7 +745,7 @@ def main(config, given, name, path, device):
                           word_perplexity=perplexity(val_loss / words_per_token))
             if len(losses) > 1:     # a mixture: the loss on each source, and how often it has been seen
                 seen = run.step * config.batch_size * shares / [len(blocks) for blocks in loader.sources]
-                record |= dict(val_losses=dict(zip(val_bins, losses)), epochs=dict(zip(val_bins, seen.tolist())))
+                record |= dict(val_losses=dict(zip(val_rows, losses)), epochs=dict(zip(val_rows, seen.tolist())))
             log.write(step=run.step, tokens=run.step * tokens_per_step, **record)
             if RANK == 0 and run.step:
                 log.plot(f"{out}.png")
@@ -731,7 +761,8 @@ def main(config, given, name, path, device):
         torch.manual_seed(int(np.random.SeedSequence([config.seed, run.step, RANK]).generate_state(1)[0]))
         rows = loader.batch(run.step, RANK, WORLD)
         rows = (rows.pin_memory() if device.type == "cuda" else rows).to(device, non_blocking=True)
-        loss, norm, stopping = train_step(runner, optimizers, rows, micro, autocast, config.grad_clip, scaler, stop)
+        loss, norm, stopping = train_step(runner, optimizers, rows, micro, autocast, config.grad_clip, scaler,
+                                          stop)
         run.step += 1
         run.skips = 0 if math.isfinite(loss) and math.isfinite(norm) else run.skips + 1
         record = dict(step=run.step, tokens=run.step * tokens_per_step)
@@ -745,8 +776,8 @@ def main(config, given, name, path, device):
                       mfu=round(speed * flops_per_step / peak, 4), bytes_held=memory(device),
                       left=str(timedelta(seconds=int((max_steps - run.step) / speed))))
         if run.skips == MAX_SKIPS:
-            raise TrainError(f"{MAX_SKIPS} steps in a row, up to step {run.step}, were not finite; {out}.state.pt is "
-                             "as it was last saved; lower learning_rate, or change seed")
+            raise TrainError(f"{MAX_SKIPS} steps in a row, up to {run.step}, were not finite; {out}.state.pt is as "
+                             "it was; lower learning_rate, or change seed")
         if run.step in mean_at:
             run.add_to_mean(model, mean_at)
 
@@ -756,25 +787,19 @@ def main(config, given, name, path, device):
             model.load_state_dict(run.mean)
         for p in model.parameters() if distributed else ():
             dist.broadcast(p.data, 0)
-        mean_loss = float(shares @ evaluate(model, val_rows, micro, autocast))
+        mean_loss = float(shares @ evaluate(model, list(val_rows.values()), micro, autocast))
         save_model(f"{out}.avg.pt", mean_loss)
         log.say(f"mean of the weights at steps {run.mean_of}: val loss {mean_loss:.4f}, {out}.avg.pt")
     train_loss = next((r["loss"] for r in reversed(log.records) if "loss" in r), math.nan)
-    ppl, word_ppl, epochs = perplexity(val_loss), record["word_perplexity"], config.batch_size / n_blocks
-    log.say(f"\n{sum(n_words):,} words in {sum(rows.size for rows in targets):,} tokens for validation\n\n"
-            "| context | model | train loss | val loss | val ppl | adj val ppl | best epoch | run |\n|---|---|---|---"
-            f"|---|---|---|---|\n| {config.block_size} | {config.init_from or name} | {train_loss:.4f} | {val_loss:.4f}"
-            f" | {ppl:.2f} | {word_ppl:.2f} | {run.best_step * epochs:.2f} of {run.step * epochs:.2f} | {out} |")
+    seen = f"{run.best_step * epochs:.2f} of {run.step * epochs:.2f}"
+    cells = (config.block_size, config.init_from or name, f"{train_loss:.4f}", f"{val_loss:.4f}",
+             f"{perplexity(val_loss):.2f}", f"{record['word_perplexity']:.2f}", seen, out)
+    log.say("\n| context | model | train loss | val loss | val ppl | adj val ppl | best epoch | run |\n"
+            f"{'|---' * len(cells)}|\n| {' | '.join(map(str, cells))} |")
     if log.wandb:
         log.wandb.finish()
-    try:        # all is saved
-        model.config.vocab_size = tokenizer.n_vocab     # only what it can decode
-        prompt = torch.from_numpy(val_rows[0][:1, :32].astype(np.int64)).to(device)
-        with autocast:
-            sample = model.eval().generate(prompt, 400, temperature=0.8)[0].tolist()
-        log.say(f"\na sample, 400 tokens after the first 32 for validation:\n\n{tokenizer.decode(sample)}")
-    except Exception as e:
-        log.say(f"warning: no sample: {type(e).__name__}: {e}")
+    if RANK == 0:
+        log.say(sample(model, tokenizer, list(val_rows.values())[0][0, :32], autocast))
 
 
 def start(argv):
@@ -782,7 +807,8 @@ def start(argv):
     config, given, name = configure(argv, WORLD)
     if config.plan:
         return plan(config, name)
-    here = [kind for kind, has in (("cuda", torch.cuda), ("mps", torch.backends.mps)) if has.is_available()] + ["cpu"]
+    here = [kind for kind, has in (("cuda", torch.cuda), ("mps", torch.backends.mps), ("cpu", torch.cpu))
+            if has.is_available()]
     if config.device not in ("auto", *here):
         raise TrainError(f"device = {config.device}: torch sees none here, only {', '.join(here)}")
     device = torch.device(here[0] if config.device == "auto" else config.device)
