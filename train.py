@@ -232,8 +232,8 @@ def apportion(shares):
 class Loader:
     """Batches of blocks. Each source comes in a new random order each epoch, every block once.
 
-    sources: Blocks; shares: of each source. Samples are dealt from one shuffled deck, over and over. Sample i of a
-    step is the same for any number of processes, so a run needs no loader state to resume.
+    sources: Blocks; shares: of each source, dealt from one shuffled deck, over and over. Sample i of a step
+    is the same for any number of processes, so a run needs no loader state to resume.
     """
 
     def __init__(self, sources, shares, batch_size, seed):
@@ -269,9 +269,11 @@ def open_sources(config):
     val_bins, val_meta = open_data(config.data, "val")
     shares = config.data.values() if isinstance(config.data, dict) else [1]
     loader = Loader([Blocks(bins[name], T, name) for name in bins], shares, config.batch_size, config.seed)
-    val_rows = {name: Blocks(val_bins[name], T, f"{name}, validation").spread(config.eval_tokens) for name in val_bins}
-    return loader, val_rows, meta, dict(train=meta["fingerprint"][:16], val=val_meta["fingerprint"][:16],
-                                        shares=loader.counts.tolist())
+    val_rows = {name: Blocks(val_bins[name], T, f"{name}/val").spread(config.eval_tokens)
+                for name in val_bins}
+    data = dict(train=meta["fingerprint"][:16], val=val_meta["fingerprint"][:16],
+                shares=loader.counts.tolist())
+    return loader, val_rows, meta, data
 
 
 # ---- The step
@@ -526,9 +528,9 @@ def plan(config, name):
     micro, tokens = config.micro_batch_size or config.batch_size // gpus, config.batch_size * T
     steps = config.max_steps or math.ceil((config.max_tokens or tokens) / tokens)
     flops = steps * tokens * model.flops_per_token(T)
-    print(f"{name} on {gpus} GPUs: {model.num_params() / 1e6:,.1f}M parameters, {steps:,} steps of {tokens:,} "
-          f"tokens, {steps * tokens / 1e9:.1f}B tokens, {flops:.2e} FLOPs, micro batches of {micro}\n\n"
-          "| memory per GPU | GB |\n|---|---|")
+    print(f"{name} on {gpus} GPUs: {model.num_params() / 1e6:,.1f}M parameters, {steps:,} steps of "
+          f"{tokens:,} tokens, {steps * tokens / 1e9:.1f}B tokens, {flops:.2e} FLOPs, micro batches of "
+          f"{micro}\n\n| memory per GPU | GB |\n|---|---|")
     parts = memory_by_part(model, config, micro, gpus)
     for part, size in {**parts, "together": sum(parts.values())}.items():
         print(f"| {part} | {size / 1e9:.1f} |")
@@ -617,8 +619,8 @@ def load_state(out, config, given, data):
 
 def commit():
     """The repository's commit, with a + where files differ from it; "" outside a checkout."""
-    git, folder = "git describe --always --dirty=+ --exclude='*' --abbrev=12", os.path.dirname(__file__) or "."
-    return subprocess.run(git, shell=True, cwd=folder, capture_output=True, text=True).stdout.strip()
+    git, folder = "git describe --always --dirty=+ --exclude='*' --abbrev=12", os.path.dirname(__file__)
+    return subprocess.run(git, shell=True, cwd=folder or None, capture_output=True, text=True).stdout.strip()
 
 
 def units(targets, tokenizer):
@@ -661,12 +663,13 @@ def main(config, given, name, path, device):
     # ---- model and optimizer, new or where the run stopped
     state, changed = load_state(out, config, given, data)
     torch.manual_seed(config.seed)
+    waiting = dist.new_group(backend="gloo", timeout=timedelta(hours=2)) if distributed else None
     if LOCAL_RANK:              # the others of a machine wait, so that only one process downloads
-        dist.barrier()
+        dist.barrier(waiting)
     tokenizer = get_tokenizer(meta["tokenizer"])
     model, lineage = make_model(config, given, meta, path, state)
     if distributed and not LOCAL_RANK:
-        dist.barrier()
+        dist.barrier(waiting)
     model.to(device).train()
     model.checkpointing = config.checkpoint
     dtype = config.dtype if config.dtype != "auto" else state["dtype"] if state else faster_dtype(device)
@@ -686,7 +689,7 @@ def main(config, given, name, path, device):
     runner = DistributedDataParallel(model, gradient_as_bucket_view=True) if distributed else model
 
     # ---- the log and its units
-    shares = loader.counts / DECK
+    shares, epochs = loader.counts / DECK, config.batch_size / n_blocks     # epochs: per step
     bytes_per_token, words_per_token = shares @ [units(rows[:, 1:], tokenizer) for rows in val_rows.values()]
     flops_per_step = model.flops_per_token(config.block_size) * tokens_per_step
     peak = WORLD * matmul_flops(device, getattr(torch, dtype))
@@ -695,7 +698,6 @@ def main(config, given, name, path, device):
         versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__),
         device=torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or device.type,
         commit=commit(), data=meta["fingerprint"], lineage=lineage), run.step)
-    epochs = config.batch_size / n_blocks       # per step
     log.say(f"{name}: {model.num_params() / 1e6:.1f}M parameters, {max_steps} steps of {tokens_per_step:,} "
             f"{meta['tokenizer']} tokens, {max_steps * epochs:.2f} epochs of {config.data}, "
             f"on {WORLD} x {device.type} in {dtype}", *(f"from {parent['from']}" for parent in lineage))
@@ -707,9 +709,9 @@ def main(config, given, name, path, device):
     def save_model(file, loss):
         if RANK == 0:
             with writing(file):
-                save(file, model, tokenizer=meta["tokenizer"], data=config.data, fingerprint=meta["fingerprint"],
-                     step=run.step, tokens=run.step * tokens_per_step, flops=run.step * flops_per_step,
-                     val_loss=loss, lineage=lineage)
+                save(file, model, tokenizer=meta["tokenizer"], data=config.data, step=run.step,
+                     tokens=run.step * tokens_per_step, flops=run.step * flops_per_step, val_loss=loss,
+                     fingerprint=meta["fingerprint"], lineage=lineage)
 
     stop, stopping = [], False      # SIGINT and SIGTERM: finish the step, save, leave
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -744,8 +746,8 @@ def main(config, given, name, path, device):
             record = dict(val_loss=val_loss, bits_per_byte=val_loss / math.log(2) / bytes_per_token,
                           word_perplexity=perplexity(val_loss / words_per_token))
             if len(losses) > 1:     # a mixture: the loss on each source, and how often it has been seen
-                seen = run.step * config.batch_size * shares / [len(blocks) for blocks in loader.sources]
-                record |= dict(val_losses=dict(zip(val_rows, losses)), epochs=dict(zip(val_rows, seen.tolist())))
+                seen = [run.step * epochs_of for epochs_of in config.batch_size * shares / list(map(len, loader.sources))]
+                record |= dict(val_losses=dict(zip(val_rows, losses)), epochs=dict(zip(val_rows, seen)))
             log.write(step=run.step, tokens=run.step * tokens_per_step, **record)
             if RANK == 0 and run.step:
                 log.plot(f"{out}.png")
@@ -776,8 +778,8 @@ def main(config, given, name, path, device):
                       mfu=round(speed * flops_per_step / peak, 4), bytes_held=memory(device),
                       left=str(timedelta(seconds=int((max_steps - run.step) / speed))))
         if run.skips == MAX_SKIPS:
-            raise TrainError(f"{MAX_SKIPS} steps in a row, up to {run.step}, were not finite; {out}.state.pt is as "
-                             "it was; lower learning_rate, or change seed")
+            raise TrainError(f"{MAX_SKIPS} steps in a row, up to {run.step}, were not finite; lower the "
+                             f"learning_rate, or change seed; {out}.state.pt is as it was")
         if run.step in mean_at:
             run.add_to_mean(model, mean_at)
 
@@ -791,15 +793,14 @@ def main(config, given, name, path, device):
         save_model(f"{out}.avg.pt", mean_loss)
         log.say(f"mean of the weights at steps {run.mean_of}: val loss {mean_loss:.4f}, {out}.avg.pt")
     train_loss = next((r["loss"] for r in reversed(log.records) if "loss" in r), math.nan)
-    seen = f"{run.best_step * epochs:.2f} of {run.step * epochs:.2f}"
     cells = (config.block_size, config.init_from or name, f"{train_loss:.4f}", f"{val_loss:.4f}",
-             f"{perplexity(val_loss):.2f}", f"{record['word_perplexity']:.2f}", seen, out)
+             f"{perplexity(val_loss):.2f}", f"{record['word_perplexity']:.2f}",
+             f"{run.best_step * epochs:.2f} of {run.step * epochs:.2f}", out)
     log.say("\n| context | model | train loss | val loss | val ppl | adj val ppl | best epoch | run |\n"
             f"{'|---' * len(cells)}|\n| {' | '.join(map(str, cells))} |")
     if log.wandb:
         log.wandb.finish()
-    if RANK == 0:
-        log.say(sample(model, tokenizer, list(val_rows.values())[0][0, :32], autocast))
+    log.say(sample(model, tokenizer, next(iter(val_rows.values()))[0, :32], autocast) if RANK == 0 else "")
 
 
 def start(argv):
