@@ -261,6 +261,11 @@ class Loader:
         first = step * self.batch_size + rank * share
         return torch.from_numpy(np.stack([self.block(first + i) for i in range(share)]).astype(np.int64))
 
+    def epochs(self, step):
+        """How often each source has been seen, to within a deck."""
+        samples = step * self.batch_size * self.counts / DECK
+        return [float(n / len(blocks)) for n, blocks in zip(samples, self.sources)]
+
 
 def open_sources(config):
     """(Loader, {source: validation rows}, meta of the data, what identifies it)."""
@@ -746,8 +751,8 @@ def main(config, given, name, path, device):
             record = dict(val_loss=val_loss, bits_per_byte=val_loss / math.log(2) / bytes_per_token,
                           word_perplexity=perplexity(val_loss / words_per_token))
             if len(losses) > 1:     # a mixture: the loss on each source, and how often it has been seen
-                seen = [run.step * epochs_of for epochs_of in config.batch_size * shares / list(map(len, loader.sources))]
-                record |= dict(val_losses=dict(zip(val_rows, losses)), epochs=dict(zip(val_rows, seen)))
+                record["val_losses"] = dict(zip(val_rows, losses))
+                record["epochs"] = dict(zip(val_rows, loader.epochs(run.step)))
             log.write(step=run.step, tokens=run.step * tokens_per_step, **record)
             if RANK == 0 and run.step:
                 log.plot(f"{out}.png")
