@@ -837,33 +837,41 @@ def write_bins(out, parts, sides, n_sources, eot):
 
 def halve(out, val_fraction, encoding):
     """Move the end of the one document in OUT/train.bin.tmp to OUT/val.bin.tmp, from a line end if there is one."""
-    tokens = np.memmap(out / "train.bin.tmp", "<u2", mode="r")
-    target = int((1 - val_fraction) * (len(tokens) - 1))
+    path = out / "train.bin.tmp"
+    target = int((1 - val_fraction) * (path.stat().st_size // 2 - 1))
     near = max(0, target - 2**22)
-    line_ends = [token for token in range(encoding.eot_token)
-                 if encoding.decode_single_token_bytes(token).endswith(b"\n")]
-    after = near + 1 + np.flatnonzero(np.isin(tokens[near:target], line_ends))
+    ends_line = np.array([encoding.decode_single_token_bytes(token)[-1:] == b"\n" for token in range(encoding.n_vocab)])
+    after = near + 1 + np.flatnonzero(ends_line[np.fromfile(path, "<u2", target - near, offset=2 * near)])
     cut = int(after[-1]) if len(after) else target
-    tokens[cut:].tofile(out / "val.bin.tmp")
-    with open(out / "train.bin.tmp", "r+b") as f:
-        f.seek(2 * cut)
-        f.write(tokens[-1:].tobytes())
-        f.truncate()
+    with open(path, "r+b") as train, open(out / "val.bin.tmp", "wb") as val:
+        train.seek(2 * cut)
+        shutil.copyfileobj(train, val)
+        train.seek(2 * cut)
+        train.write(np.array([encoding.eot_token], "<u2").tobytes())
+        train.truncate()
 
 
 def count_bin(path, encoding):
     """documents, bytes, tokens and sha256 of a bin. Raises DataError for a token that the encoding lacks."""
-    tokens, sha256 = np.memmap(path, "<u2", mode="r"), hashlib.sha256()
-    lengths = token_bytes(encoding).astype(np.uint16)
-    counts = dict(documents=0, bytes=0, tokens=len(tokens))
-    for start in tqdm(range(0, len(tokens), 2**22), desc=f"checking {path}", delay=3, leave=False):
-        block = tokens[start:start + 2**22]
-        if block.max() >= len(lengths):
-            raise DataError(f"{path}: token {block.max()} is outside the vocabulary of {len(lengths)}")
-        counts["documents"] += int(np.count_nonzero(block == encoding.eot_token))
-        counts["bytes"] += int(lengths[block].sum(dtype=np.int64))
-        sha256.update(block.data)
+    lengths, sha256 = token_bytes(encoding).astype(np.uint16), hashlib.sha256()
+    counts = dict(documents=0, bytes=0, tokens=path.stat().st_size // 2)
+    with open(path, "rb") as f:
+        for _ in tqdm(range(0, counts["tokens"], 2**22), desc=f"checking {path}", delay=3, leave=False):
+            block = np.fromfile(f, "<u2", 2**22)
+            if block.max() >= len(lengths):
+                raise DataError(f"{path}: token {block.max()} is outside the vocabulary of {len(lengths)}")
+            counts["documents"] += int(np.count_nonzero(block == encoding.eot_token))
+            counts["bytes"] += int(lengths[block].sum(dtype=np.int64))
+            sha256.update(block.data)
     return counts | dict(sha256=sha256.hexdigest())
+
+
+def discard(folder):
+    """Delete a folder of parts. A kill on the way leaves none that could be taken for whole."""
+    trash = folder.with_name("trash")
+    shutil.rmtree(trash, ignore_errors=True)
+    os.replace(folder, trash)
+    shutil.rmtree(trash)
 
 
 @contextmanager
@@ -915,7 +923,7 @@ def prepare(sources, out, tokenizer="gpt2", val_fraction=0.05, *, field="text", 
         if skip_bad and strict.exists():        # no part there has text to skip
             os.replace(strict, work)
         for stale in set(work.parent.glob("*")) - {work}:
-            shutil.rmtree(stale)
+            discard(stale)
         work.mkdir(parents=True, exist_ok=True)
         try:
             parts = make_parts(files, work, options, workers, bar)
@@ -924,14 +932,15 @@ def prepare(sources, out, tokenizer="gpt2", val_fraction=0.05, *, field="text", 
             if (sides == LEFT_OUT).all():
                 raise DataError(f"{', '.join(sources)}: no text in it")
             totals = write_bins(out, parts, sides, len(sources), encoding.eot_token)
-            if not (sides == VAL).any():            # the documents are one, or equal
+            if not (sides == VAL).any():            # a single document, or equal ones
                 halve(out, val_fraction, encoding)
             splits = {side: count_bin(out / f"{side}.bin.tmp", encoding) for side in ("train", "val")}
         except BaseException:
             for path in out.glob("*.bin.tmp"):
                 path.unlink()
             if not any(keys_of(part)["tokens"].any() for part in work.glob("*.npy")):
-                shutil.rmtree(work.parent)          # nothing to go on from
+                discard(work)                       # nothing to go on from
+                work.parent.rmdir()
             raise
         counts = [Counter(dict(zip(COUNTS, total.tolist()))) for total in totals]
         for part in parts:
@@ -945,7 +954,8 @@ def prepare(sources, out, tokenizer="gpt2", val_fraction=0.05, *, field="text", 
         for side in splits:
             os.replace(out / f"{side}.bin.tmp", out / f"{side}.bin")
         write_whole(out / "meta.json", json.dumps(meta, indent=2))
-        shutil.rmtree(work.parent)
+        discard(work)
+        work.parent.rmdir()
     return meta
 
 

@@ -1,95 +1,98 @@
 """Train a GPT.
 
     python train.py configs/quickstart.py                               one process
-    python train.py configs/quickstart.py --max_steps=20 --dtype=float32
+    python train.py configs/quickstart.py --max_steps=20 --dtype float32
     torchrun --nproc_per_node=8 train.py configs/1.1B.py                one node of 8 GPUs
-    python train.py configs/1.1B.py --plan=8                            what that would take
+    python train.py configs/1.1B.py --plan=8                            memory and hours on 8 GPUs
 
-A config file is plain assignments to the keys of Config below; --key=value comes after it and
-wins. The run is named after its config file. It writes, for configs/NAME.py, into out_dir:
+A config file assigns values to keys of Config, below; --key=value or --key value overrides it. For
+configs/NAME.py a run writes into out_dir:
 
     NAME.pt         the model with the best validation loss so far (what eval.py and grow.py read)
     NAME.state.pt   everything needed to go on: the same command continues from it
     NAME.jsonl      the log; its first line holds config, versions, device, commit and data
     NAME.png        training and validation perplexity over tokens seen
     NAME.avg.pt     with average=K: the mean of the weights at K points of the last fifth
+    NAME.lock       held by the running process, so that the same run cannot be started twice
 """
+import sys
+
+if __name__ == "__main__" and "--help" in sys.argv:     # before the imports, which take seconds
+    sys.exit(print(__doc__))
+
 import ctypes
 import difflib
+import functools
 import json
 import math
 import os
 import platform
+import resource
 import runpy
 import signal
 import subprocess
-import sys
 import time
-import types
-import typing
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 
-os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")     # no fragments; torch reads it
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")     # for torch: less fragmentation
 
-import numpy as np                                                              # noqa: E402
-import torch                                                                    # noqa: E402
-import torch.distributed as dist                                                # noqa: E402
-from torch.nn.parallel import DistributedDataParallel                           # noqa: E402
+import numpy as np                                                          # noqa: E402
+import torch                                                                # noqa: E402
+import torch.distributed as dist                                            # noqa: E402
+from numpy.lib.stride_tricks import sliding_window_view                     # noqa: E402
+from torch.nn.parallel import DistributedDataParallel                       # noqa: E402
+from torch.overrides import TorchFunctionMode                               # noqa: E402
 
-from model import OPENAI, GPT, GPTConfig, ModelError, atomic_save, load, load_pickle, save    # noqa: E402
-from prepare import DataError, NoBin, count_words, get_tokenizer, open_data, token_bytes    # noqa: E402
+from model import GPT, GPTConfig, ModelError, atomic_save, load, load_pickle, save              # noqa: E402
+from prepare import DataError, NoBin, count_words, get_tokenizer, lock, open_data, token_bytes  # noqa: E402
 
+RANK, LOCAL_RANK, WORLD = (int(os.environ.get(key, n)) for key, n in        # as torchrun sets them
+                           (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
 MAX_SKIPS = 10                          # steps in a row whose loss or gradient is not finite
 PATIENCE = timedelta(minutes=10)        # how long a rank waits for another before all of them end
 
 
-class ConfigError(ValueError):
-    """A key, a value or a combination that cannot be trained; the message is one line."""
+class TrainError(ValueError):
+    """A config that cannot be trained, or a run that cannot go on; the message is one line."""
 
 
-class Diverged(RuntimeError):
-    """MAX_SKIPS steps in a row were not finite."""
-
-
-# ---------------------------------------------------------------------------------------------
-# Configuration
-
-
+# ---- Configuration
 @dataclass
 class Config:
     # where
-    data: str | dict = ""               # folder that prepare.py made, "a,b": several as one, {"a": share, ...}: mixed
+    data: str | dict = ""               # folder made by prepare.py, or a mixture {folder: share, ...}
     out_dir: str = "out"
-    init_from: str = ""                 # a .pt, a Hugging Face folder, gpt2 ... gpt2-xl; "": scratch
-    resume: bool = True                 # go on from NAME.state.pt where it exists
-    wandb: str = ""                     # project of Weights & Biases to log to as well
+    init_from: str = ""                 # a .pt, a Hugging Face folder or hub name; "": from scratch
+    resume: bool = True                 # go on from NAME.state.pt if it exists
+    wandb: str = ""                     # also log to this Weights & Biases project
     seed: int = 1337
     # how
     device: str = "auto"                # auto: cuda, else mps, else cpu
     dtype: str = "auto"                 # float32, or bfloat16 or float16 by autocast; auto: the fastest here
     compile: bool | None = None         # torch.compile; None: on CUDA only
-    checkpoint: bool = False            # recompute each layer in the backward: far less memory, a third more work
-    zero: bool = False                  # AdamW's state shared out over the processes (ZeRO stage 1)
-    # batches; block_size and batch_size do not depend on the number of processes
+    checkpoint: bool = False            # recompute layers in the backward: far less memory, a third more work
+    zero: bool = False                  # share the optimizer's state over the processes (ZeRO stage 1)
+    plan: int = 0                       # print what the run would take on this many GPUs, and stop
+    # batches; batch_size does not depend on the number of processes
     block_size: int = 1024              # tokens of context
     batch_size: int = 512               # sequences per step, over all processes
     micro_batch_size: int | None = None     # sequences at once per process; None: its whole share
-    # length: training ends at the first of those that are set
+    # length: training ends at the first of these that is set
     max_steps: int | None = None
     max_tokens: int | None = None
     max_epochs: float | None = None
-    # every so many steps
+    # intervals, in steps
     eval_interval: int = 500
-    eval_tokens: int = 2**18            # validation tokens of each source each time, always the same ones
-    eval_block_size: int | None = None  # context of the validation; longer than block_size with ALiBi alone
+    eval_tokens: int = 2**18            # validation tokens per source, the same ones each time
     save_interval: int = 500
     log_interval: int = 10
     # optimizer
-    optimizer: str = "adamw"            # adamw or adafactor
+    optimizer: str = "adamw"            # adamw, adafactor or muon
     learning_rate: float = 6e-4
     min_lr: float = 6e-5                # where the schedule ends
+    adamw_lr: float | None = None       # with muon: the rate of embeddings and vectors; None: learning_rate
     warmup_steps: int = 2000
     schedule: str = "cosine"            # cosine, linear or constant
     weight_decay: float = 0.1           # on matrices; biases and layer norms have none
@@ -107,201 +110,178 @@ class Config:
 
 
 SHAPE = ("n_layer", "n_head", "n_embd", "bias", "pos")
+IDENTITY = ("data", "init_from", "seed", "batch_size", "block_size", "optimizer", *SHAPE)   # fixed for a run
 CHOICES = dict(device=("auto", "cuda", "mps", "cpu"), dtype=("auto", "float32", "bfloat16", "float16"),
-               optimizer=("adamw", "adafactor"), schedule=("cosine", "linear", "constant"),
+               optimizer=("adamw", "adafactor", "muon"), schedule=("cosine", "linear", "constant"),
                pos=("learned", "alibi"))
-NOT_NEGATIVE = ("learning_rate", "min_lr", "warmup_steps", "weight_decay", "grad_clip", "average", "seed")
-POSITIVE = ("block_size", "batch_size", "micro_batch_size", "max_steps", "max_tokens", "max_epochs",
-            "eval_interval", "eval_tokens", "eval_block_size", "save_interval", "log_interval", "n_layer", "n_head",
-            "n_embd")
+MAY_BE_ZERO = ("seed", "plan", "min_lr", "warmup_steps", "weight_decay", "beta1", "beta2", "grad_clip",
+               "average", "dropout")
+BELOW = dict(beta1=1, beta2=1, dropout=1, seed=2**32)
 
 
 def configure(argv, world=1):
     """(Config, names of the keys that were set, run name) from a config file and --key=value words.
 
-    world: the number of processes that share a batch. Raises ConfigError, before anything is loaded.
+    world: the number of processes that share a batch. Raises TrainError or ModelError; loads nothing.
     """
-    if not argv or argv[0].startswith("--"):
-        raise ConfigError("expected a config file first: python train.py configs/NAME.py [--key=value ...]")
-    path, *overrides = argv
+    path, *words = argv or [""]
+    types = {f.name: f.type for f in fields(Config)}
     if not os.path.isfile(path):
-        raise ConfigError(f"{path}: no such config file")
+        raise TrainError(f"{path}: no such file; expected a config first: python train.py configs/NAME.py")
     try:
-        values = {k: v for k, v in runpy.run_path(path).items() if not k.startswith("_")}
+        values = runpy.run_path(path)
     except Exception as e:      # whatever a wrong line in it raises
-        raise ConfigError(f"{path}: {type(e).__name__}: {e}") from None
-    settings = [(path, key, value) for key, value in values.items()]
-    for word in overrides:
-        key, equals, value = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or not equals:
-            raise ConfigError(f"{word}: expected --key=value")
-        settings.append((word, key, value))
-
+        raise TrainError(f"{path}: {type(e).__name__}: {e}") from None
+    settings = [(path, key, value) for key, value in values.items() if not key.startswith("_")
+                and (key in types or isinstance(value, (str, int, float, dict)))]       # not what it imports
+    while words:
+        word, equals, value = words.pop(0).partition("=")
+        settings.append((word, word.removeprefix("--"), value if equals else words.pop(0) if words else ""))
     config = Config()
-    types_ = typing.get_type_hints(Config)
     for source, key, value in settings:
-        if key not in types_:
-            near = difflib.get_close_matches(key, types_, n=1)
-            raise ConfigError(f"{source}: unknown key {key}" + (f", did you mean {near[0]}?" if near else
-                              "; the keys are those of Config in train.py"))
-        setattr(config, key, convert(value, types_[key], f"{source}: {key}", from_text=source != path))
-    check(config, path, world)
+        if key not in types:
+            near = difflib.get_close_matches(key, types, n=1) or ["another key of Config in train.py"]
+            raise TrainError(f"{source}: unknown key {key}, did you mean {near[0]}?")
+        try:
+            setattr(config, key, convert(value, getattr(types[key], "__args__", (types[key],))))
+        except ValueError:
+            expected = getattr(types[key], "__name__", types[key])
+            raise TrainError(f"{source}: {key} = {value!r}, expected {expected}") from None
+    check(config, path, config.plan or world)
     return config, {key for _, key, _ in settings}, os.path.basename(path).removesuffix(".py")
 
 
-def convert(value, type_, name, from_text):
-    """value as type_ (int, float, bool, str, or one of them | None). Raises ConfigError."""
-    options = typing.get_args(type_) if isinstance(type_, types.UnionType) else (type_,)
-    wanted = options[0]
-    try:
-        if from_text and wanted is not str:
-            if value.lower() == "none" and types.NoneType in options:
-                return None
-            value = {"true": True, "false": False}[value.lower()] if wanted is bool else float(value)
-        if type(value) in options:
-            return value
-        if wanted in (int, float) and type(value) in (int, float) and wanted(value) == value:
-            return wanted(value)
-    except (KeyError, ValueError, OverflowError):
-        pass
-    expected = " or ".join("None" if t is types.NoneType else t.__name__ for t in options)
-    raise ConfigError(f"{name} = {value!r}, expected {expected}")
+def convert(value, types):
+    """value as one of types; text from the command line is parsed first. Raises ValueError."""
+    words = {"true": True, "false": False, "none": None}
+    if isinstance(value, str) and str not in types:
+        value = words[value.lower()] if value.lower() in words else float(value)
+    if type(value) in (int, float) and math.isfinite(value):
+        for number in (int, float):     # 1e3 is a whole number, and 1 may stand for 1.0
+            if number in types and number(value) == value:
+                return number(value)
+    if type(value) not in types or isinstance(value, float):
+        raise ValueError
+    return os.path.expanduser(value) if isinstance(value, str) else value
 
 
 def check(config, path, world):
-    """Refuse what cannot be trained. Raises ConfigError."""
-    for key, choices in CHOICES.items():
-        if getattr(config, key) not in choices:
-            raise ConfigError(f'{path}: {key} = "{getattr(config, key)}", expected one of {", ".join(choices)}')
-    for key in POSITIVE:
-        if getattr(config, key) is not None and getattr(config, key) <= 0:
-            raise ConfigError(f"{path}: {key} = {getattr(config, key)}, expected more than 0")
-    for key in NOT_NEGATIVE:
-        if getattr(config, key) < 0:
-            raise ConfigError(f"{path}: {key} = {getattr(config, key)}, expected 0 or more")
-    for key in ("beta1", "beta2"):
-        if not 0 <= getattr(config, key) < 1:
-            raise ConfigError(f"{path}: {key} = {getattr(config, key)}, expected 0 or more and less than 1")
-    if not config.data:
-        raise ConfigError(f"{path}: data is not set; expected a folder that prepare.py made")
+    """Refuse what cannot be trained. Raises TrainError, ModelError."""
+    def expect(condition, key, expected):
+        if not condition:
+            raise TrainError(f"{path}: {key} = {getattr(config, key)!r}, expected {expected}")
+
+    for key, value in vars(config).items():
+        expect(value in CHOICES.get(key, [value]), key, f"one of {', '.join(CHOICES.get(key, []))}")
+        if type(value) in (int, float):
+            expect(value > 0 or value == 0 and key in MAY_BE_ZERO, key, "more than 0")
+            expect(value < BELOW.get(key, math.inf), key, f"less than {BELOW.get(key)}")
     if isinstance(config.data, dict):
-        for name, share in config.data.items():
-            if type(name) is not str or type(share) not in (int, float) or not 0 < share < math.inf:
-                raise ConfigError(f"{path}: data = {{{name!r}: {share!r}}}, expected a folder and its share, above 0")
-        rare = [name for name, n in zip(config.data, apportion(list(config.data.values()))) if n == 0]
-        if rare:
-            raise ConfigError(f"{path}: data: the share of {', '.join(rare)} is less than one sample in {GROUP}")
-    if config.wandb:
-        try:
-            from wandb import init      # noqa: F401; "import wandb" would take a folder of that name
-        except ImportError:
-            raise ConfigError(f"{path}: wandb = {config.wandb}: pip install wandb first, or leave it out") from None
-    if config.max_steps is config.max_tokens is config.max_epochs is None:
-        raise ConfigError(f"{path}: no length; set max_steps, max_tokens or max_epochs")
-    micro = config.micro_batch_size or config.batch_size // world
-    if micro == 0 or config.batch_size % (world * micro):
-        raise ConfigError(f"{path}: batch_size = {config.batch_size} is not a multiple of {world} processes "
-                          f"x micro_batch_size {micro or 1}")
-    if config.zero and config.optimizer != "adamw":
-        raise ConfigError(f"{path}: zero = True goes with optimizer = adamw, not {config.optimizer}, whose state "
-                          "is small")
-    try:
+        expect(all(type(n) in (int, float) and 0 < n < math.inf for n in config.data.values()) and
+               apportion(config.data.values()).all(), "data", f"shares of at least one sample in {DECK}")
+        config.data = {os.path.expanduser(folder): share for folder, share in config.data.items()}
+    expect(config.data, "data", "a folder made by prepare.py")
+    expect(config.max_steps or config.max_tokens or config.max_epochs, "max_steps",
+           "a length: max_steps, max_tokens or max_epochs")
+    micro = config.micro_batch_size or max(1, config.batch_size // world)
+    expect(config.batch_size % (world * micro) == 0, "batch_size",
+           f"a multiple of {world} processes x micro_batch_size {micro}")
+    expect(not config.zero or config.optimizer != "adafactor", "zero", "False: adafactor's state is small")
+    expect(not config.adamw_lr or config.optimizer == "muon", "adamw_lr", "optimizer = muon along with it")
+    if not config.init_from:
         GPTConfig(**{key: getattr(config, key) for key in ("block_size", "dropout", *SHAPE)})
-    except ModelError as e:
-        raise ConfigError(f"{path}: {e}") from None
 
 
-# ---------------------------------------------------------------------------------------------
-# Data: which tokens a step sees is a pure function of (seed, step)
+# ---- Data: which tokens a step sees is a pure function of (seed, step)
 
-GROUP = 1000        # samples of a mixture in which every source has exactly its share
+DECK = 1000         # samples of a mixture in which every source has exactly its share
 
 
 class Blocks:
-    """The blocks of block_size tokens, each with its targets one token on, of several bins as one list."""
+    """The blocks of T tokens in several bins as one list, each with the token after it, its last target."""
 
-    def __init__(self, bins, block_size, name):
-        self.bins, self.block_size = bins, block_size
-        self.ends = np.cumsum([(len(tokens) - 1) // block_size for tokens in bins])
-        if not len(self):
-            raise DataError(f"{name}: {sum(map(len, bins)):,} tokens, expected more than block_size={block_size}")
+    def __init__(self, bins, T, name):
+        self.views = [sliding_window_view(tokens, T + 1)[::T] for tokens in bins if len(tokens) > T]
+        if not self.views:
+            raise DataError(f"{name}: {sum(map(len, bins)):,} tokens, expected more than block_size={T}")
 
     def __len__(self):
-        return int(self.ends[-1])
+        return sum(map(len, self.views))
 
     def __getitem__(self, i):
-        """Block i: (block_size + 1,) uint16."""
-        k = np.searchsorted(self.ends, i, side="right")
-        start = (i - (self.ends[k - 1] if k else 0)) * self.block_size
-        return self.bins[k][start:start + self.block_size + 1]
+        """Block i: (T + 1,) uint16."""
+        for view in self.views:
+            if i < len(view):
+                return view[i]
+            i -= len(view)
 
     def spread(self, n_tokens):
-        """So many blocks as hold n_tokens, spread evenly over all: (n, block_size + 1) uint16."""
-        n = min(len(self), math.ceil(n_tokens / self.block_size))
+        """Enough blocks to hold n_tokens, spread evenly over all: (n, T + 1) uint16."""
+        n = min(len(self), math.ceil(n_tokens / (self.views[0].shape[1] - 1)))
         return np.stack([self[i * len(self) // n] for i in range(n)])
 
 
 def apportion(shares):
-    """Of each source how many samples are in a GROUP: whole numbers, by largest remainder."""
-    exact = np.array(shares) / sum(shares) * GROUP
+    """Samples of each source in a deck: whole numbers that add up to DECK, by largest remainder."""
+    exact = np.array(list(shares)) / sum(shares) * DECK
     counts = exact.astype(int)
-    counts[np.argsort(counts - exact, kind="stable")[:GROUP - counts.sum()]] += 1
+    counts[np.argsort(counts - exact, kind="stable")[:DECK - counts.sum()]] += 1
     return counts
 
 
 class Loader:
-    """Batches of blocks, each source's in a new random order each epoch, every block once.
+    """Batches of blocks. Each source comes in a new random order each epoch, every block once.
 
-    sources: Blocks; counts: of each, how many samples are in a GROUP (apportion). Sample i of a step
-    is the same for any number of processes, so a run needs no loader state to resume, and sees the
-    same batches when it is moved to more GPUs.
+    sources: Blocks; shares: of each source, dealt from one shuffled deck, over and over. Sample i of a step
+    is the same for any number of processes, so a run needs no loader state to resume.
     """
 
-    def __init__(self, sources, counts, batch_size, seed):
-        self.sources, self.counts, self.batch_size, self.seed = sources, counts, batch_size, seed
-        self.epoch, self.order = [None] * len(sources), [None] * len(sources)
-        self.group = None
+    def __init__(self, sources, shares, batch_size, seed):
+        self.sources, self.counts, self.batch_size = sources, apportion(shares), batch_size
 
-    def source(self, sample):
-        """(k, i): the sample-th sample since the start of training is source k's i-th."""
-        if len(self.sources) == 1:
-            return 0, sample
-        group, i = divmod(sample, GROUP)
-        if group != self.group:     # numpy guarantees that RandomState's streams never change
-            deck = np.repeat(np.arange(len(self.sources)), self.counts)
-            self.group, self.deck = group, np.random.RandomState([self.seed, group, 0, 0]).permutation(deck)
-        k = self.deck[i]
-        return k, group * int(self.counts[k]) + int((self.deck[:i] == k).sum())
+        @functools.lru_cache(len(sources))      # the present order of each source
+        def permutation(n, *key):       # numpy guarantees that RandomState's streams never change
+            return np.random.RandomState([seed, *key]).permutation(n)
+        self.permutation = permutation
+        self.deck = np.repeat(np.arange(len(sources)), self.counts)[permutation(DECK, 0, 0, 0)]
 
     def block(self, sample):
-        """(source, block number) of the sample-th sample."""
-        k, i = self.source(sample)
-        epoch, i = divmod(i, len(self.sources[k]))
-        if epoch != self.epoch[k]:      # a key of another length is another stream
-            key = [self.seed, epoch, k] if k else [self.seed, epoch]
-            self.epoch[k], self.order[k] = epoch, np.random.RandomState(key).permutation(len(self.sources[k]))
-        return k, self.order[k][i]
+        """The sample-th sample since the start of training: (T + 1,) uint16."""
+        decks, place = divmod(sample, DECK)
+        k = int(self.deck[place])
+        i = decks * int(self.counts[k]) + int((self.deck[:place] == k).sum())   # it is source k's i-th
+        n = len(self.sources[k])
+        epoch, i = divmod(i, n)
+        order = self.permutation(n, epoch, k) if k else self.permutation(n, epoch)
+        return self.sources[k][order[i]]
 
     def batch(self, step, rank=0, world=1):
-        """This rank's share of a step: (batch_size / world, block_size + 1) int64 on the CPU."""
+        """This rank's share of a step: (batch_size / world, T + 1) int64 on the CPU."""
         share = self.batch_size // world
         first = step * self.batch_size + rank * share
-        picks = [self.block(first + i) for i in range(share)]
-        return torch.from_numpy(np.stack([self.sources[k][i] for k, i in picks]).astype(np.int64))
+        return torch.from_numpy(np.stack([self.block(first + i) for i in range(share)]).astype(np.int64))
 
     def epochs(self, step):
-        """How often each source has been seen when `step` steps are done."""
-        groups, rest = divmod(step * self.batch_size, GROUP)
-        seen = groups * self.counts
-        for sample in range(groups * GROUP, groups * GROUP + rest):
-            seen[self.source(sample)[0]] += 1
-        return [float(n / len(blocks)) for n, blocks in zip(seen, self.sources)]
+        """How often each source has been seen, to within a deck."""
+        samples = step * self.batch_size * self.counts / DECK
+        return [float(n / len(blocks)) for n, blocks in zip(samples, self.sources)]
 
 
-# ---------------------------------------------------------------------------------------------
-# The step
+def open_sources(config):
+    """(Loader, {source: validation rows}, meta of the data, what identifies it)."""
+    T = config.block_size
+    bins, meta = open_data(config.data, "train")
+    val_bins, val_meta = open_data(config.data, "val")
+    shares = config.data.values() if isinstance(config.data, dict) else [1]
+    loader = Loader([Blocks(bins[name], T, name) for name in bins], shares, config.batch_size, config.seed)
+    val_rows = {name: Blocks(val_bins[name], T, f"{name}/val").spread(config.eval_tokens)
+                for name in val_bins}
+    data = dict(train=meta["fingerprint"][:16], val=val_meta["fingerprint"][:16],
+                shares=loader.counts.tolist())
+    return loader, val_rows, meta, data
 
 
+# ---- The step
 def learning_rate(step, config, max_steps):
     """Linear warmup over warmup_steps, then the schedule down to min_lr at max_steps."""
     if step < config.warmup_steps:
@@ -313,49 +293,50 @@ def learning_rate(step, config, max_steps):
     return config.min_lr + share * (config.learning_rate - config.min_lr)
 
 
-def make_optimizer(model, config, settings=None):
-    """AdamW (Loshchilov & Hutter 2019) or Adafactor (Shazeer & Stern 2018); decay on matrices only.
+class InFloat32(TorchFunctionMode):
+    """Leaves out the conversion to bf16 in torch's Muon, 20 times slower on CPUs without bf16 units."""
 
-    settings: {name: dict(lr_scale, eps)} where the model was grown with its optimizer; the decay of a
-    step, rate times weight_decay, stays that of the source.
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return args[0] if func is torch.Tensor.bfloat16 else func(*args, **(kwargs or {}))
+
+
+def make_optimizer(model, config):
+    """[AdamW], [Adafactor] (Shazeer & Stern 2018) or [Muon, AdamW] (Jordan et al. 2024), as a list.
+
+    Muon trains the matrices of the blocks, AdamW with rate adamw_lr the embeddings and vectors. Only matrices
+    decay. A group's rate is the schedule's times its lr_scale.
     """
-    groups = {}
+    def make(optimizer, groups, **options):
+        if config.zero and dist.is_initialized():       # Rajbhandari et al. 2020, arXiv:1910.02054
+            from torch.distributed.optim import ZeroRedundancyOptimizer     # here, for it is slow to import
+            return ZeroRedundancyOptimizer(groups, optimizer, lr=config.learning_rate, **options)
+        return optimizer(groups, lr=config.learning_rate, **options)
+
+    blocks, matrices, vectors = [], [], []
     for name, p in model.named_parameters():
-        own = settings[name] if settings else dict(lr_scale=1.0)
-        decay = config.weight_decay / own["lr_scale"] if p.dim() >= 2 else 0.0
-        group = groups.setdefault((p.dim() >= 2, *own.values()), dict(params=[], names=[], weight_decay=decay, **own))
-        group["params"].append(p)
-        group["names"].append(name)
-    groups = list(groups.values())
+        muon = config.optimizer == "muon" and name.startswith("h.")
+        (vectors if p.dim() < 2 else blocks if muon else matrices).append(p)
+    scale = (config.adamw_lr or config.learning_rate) / config.learning_rate
+    groups = [dict(params=matrices, weight_decay=config.weight_decay, lr_scale=scale),
+              dict(params=vectors, weight_decay=0.0, lr_scale=scale)]
     if config.optimizer == "adafactor":
-        # a step's root mean square is the rate itself, as in fine-tuning recipes; torch's own is times the weights',
-        # which is left only where theirs is above 1
-        return torch.optim.Adafactor(groups, lr=config.learning_rate, eps=(None, 1.0))
-    adamw = dict(lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
-    if config.zero and dist.is_initialized():       # Rajbhandari et al. 2020, arXiv:1910.02054
-        from torch.distributed.optim import ZeroRedundancyOptimizer     # here, for it takes long to import
-        return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **adamw)
-    return torch.optim.AdamW(groups, **adamw)
+        # a step's root mean square is the rate itself, as in fine-tuning recipes; torch would multiply it by
+        # that of the weights, which is left only where theirs is above 1
+        return [make(torch.optim.Adafactor, groups, eps=(None, 1.0))]
+    adamw = make(torch.optim.AdamW, groups, betas=(config.beta1, config.beta2), fused=True)
+    if config.optimizer == "adamw":
+        return [adamw]
+    # updates as large as AdamW's (Liu et al. 2025, arXiv:2502.16982), so AdamW's rates are where to start
+    blocks = [dict(params=blocks, weight_decay=config.weight_decay, lr_scale=1.0)]
+    return [make(torch.optim.Muon, blocks, adjust_lr_fn="match_rms_adamw"), adamw]
 
 
-def load_moments(optimizer, moments):
-    """Start optimizer, new, from moments {name: dict(step, exp_avg, exp_avg_sq)}, which grow.py wrote."""
-    index, groups, state = 0, [], {}
-    for group in optimizer.param_groups:
-        groups.append({**group, "params": list(range(index, index + len(group["params"])))})
-        for name, p in zip(group["names"], group["params"]):    # a shorter context takes the first positions
-            state[index] = {key: x[:len(p)] if x.dim() else x for key, x in moments[name].items()}
-            index += 1
-    optimizer.load_state_dict(dict(state=state, param_groups=groups))
+def train_step(model, optimizers, rows, micro_batch_size, autocast, grad_clip, scaler, stop=()):
+    """One step over rows (share, T + 1), micro_batch_size of them at a time: (loss, norm, stopping).
 
-
-def train_step(model, optimizer, rows, micro_batch_size, autocast, grad_clip, scaler, stop=()):
-    """One optimizer step over rows (share, T + 1), micro_batch_size of them at a time.
-
-    Returns (loss, norm, stopping): the mean loss over all ranks and the gradient's norm before
-    clipping, as numbers, and whether `stop` holds anything on any rank. Where loss or norm is not
-    finite the weights stay as they are, on every rank. Waits for the device once, before the
-    optimizer, which runs while the next batch is fetched.
+    These are the mean loss over all ranks and the gradient's norm before clipping, as numbers, and whether
+    `stop` holds anything on any rank. Where loss or norm is not finite, no rank changes its weights. Waits
+    for the device once, before the optimizer, which runs while the next batch is fetched.
     """
     micro_batches = rows.split(micro_batch_size)
     loss = 0
@@ -367,542 +348,486 @@ def train_step(model, optimizer, rows, micro_batch_size, autocast, grad_clip, sc
                 part = model(idx, targets) / len(micro_batches)
             scaler.scale(part).backward()
         loss += part.detach()
-    scaler.unscale_(optimizer)
+    for optimizer in optimizers:
+        scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
     report = torch.stack([loss.float(), norm.float(), torch.full_like(loss, bool(stop)).float()])
     if dist.is_initialized():
         dist.all_reduce(report)                     # what is not finite on one rank is so on all
         report /= dist.get_world_size()
     loss, norm, stopping = report.tolist()          # the wait
-    if math.isfinite(loss) and math.isfinite(norm):
-        scaler.step(optimizer)
+    for optimizer in optimizers:
+        if math.isfinite(loss) and math.isfinite(norm):
+            with InFloat32() if rows.device.type == "cpu" else nullcontext():
+                scaler.step(optimizer)
+        optimizer.zero_grad(set_to_none=True)
     scaler.update()
-    optimizer.zero_grad(set_to_none=True)
     return loss, norm, stopping > 0
 
 
-def evaluate(model, sources, batch_size, autocast, rank=0, world=1, stop=()):
-    """Mean loss in nats per token on each of sources: blocks (n, T + 1), which the ranks share.
-
-    None where, on any rank, `stop` came to hold something before the end.
-    """
-    totals = torch.zeros(len(sources) + 1, dtype=torch.float64)     # summed losses, and how many were asked to stop
+@torch.no_grad()
+def evaluate(model, sources, batch_size, autocast):
+    """Mean loss in nats per token on each of sources, (n, T + 1) uint16, whose rows the ranks share."""
+    device = model.wte.weight.device
+    totals = torch.zeros(len(sources), dtype=torch.float64)
+    model.eval()        # no dropout, so no random number is drawn
     for k, rows in enumerate(sources):
-        mine, T = rows[rank::world], rows.shape[1] - 1
+        mine = torch.from_numpy(rows[RANK::WORLD].astype(np.int64))
         for i in range(0, len(mine), batch_size):
-            if stop:
-                break
-            part = mine[i:i + batch_size]
-            totals[k] += model.total_loss(part.ravel(), np.arange(len(part)) * (T + 1), T, batch_size, autocast)
-    totals[-1] = bool(stop)
-    if world > 1:
-        totals = totals.to(model.wte.weight.device)
+            batch = mine[i:i + batch_size].to(device)                               # (B, T + 1)
+            with autocast:
+                losses = model(batch[:, :-1], batch[:, 1:], reduction="none")       # (B, T)
+            totals[k] += losses.cpu().double().sum()
+    model.train()
+    if WORLD > 1:
+        totals = totals.to(device)
         dist.all_reduce(totals)
-    *totals, stopped = totals.tolist()
-    return None if stopped else [total / rows[:, 1:].size for total, rows in zip(totals, sources)]
+    return [total / rows[:, 1:].size for total, rows in zip(totals.tolist(), sources)]
 
 
-# ---------------------------------------------------------------------------------------------
-# The machine
-
-
+# ---- The machine
 def keep_memory():
-    """Let glibc keep freed memory instead of handing it back to the kernel.
-
-    On the CPU each step allocates the same activations again; fetching every one anew, page by
-    page, can cost more than the arithmetic. The price is memory: the process keeps its peak, which
-    gaps between the blocks can double (logs/bench-cpu.md).
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):    # not glibc
-        return
+    """Let glibc keep freed memory: on a CPU each step allocates the same activations again, and fetching them
+    from the kernel can cost more than the arithmetic. The process keeps its peak (logs/bench-cpu.md)."""
     M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8
-    for key, value in ((M_TRIM_THRESHOLD, -1), (M_TOP_PAD, 2**26), (M_MMAP_MAX, 0), (M_ARENA_MAX, 1)):
-        mallopt(key, value)     # never trim, grow in 64 MiB, no mappings of single blocks, one heap
+    if platform.libc_ver()[0] == "glibc":       # never trim, grow by 64 MiB, map no single block, one heap
+        for key, value in ((M_TRIM_THRESHOLD, -1), (M_TOP_PAD, 2**26), (M_MMAP_MAX, 0), (M_ARENA_MAX, 1)):
+            ctypes.CDLL(None).mallopt(key, value)
 
 
+@functools.cache
 def matmul_flops(device, dtype):
-    """FLOP/s that this device reaches in a large product of square matrices: the measure of MFU."""
-    n, repeats, times = (8192, 10, 6) if device.type == "cuda" else (768, 1, 60)
+    """FLOP/s of this device in a large product of square matrices: what MFU is measured against."""
+    n, times, best = (8192, 40, math.inf) if device.type == "cuda" else (768, 60, math.inf)
     a = torch.randn(n, n, device=device).to(dtype)
-    seconds = []
     for _ in range(times):
         start = time.perf_counter()
-        for _ in range(repeats):
-            b = a @ a
-        b[0, 0].item()                      # .item() waits for the device
-        seconds.append(time.perf_counter() - start)
-    return 2 * n**3 * repeats / min(seconds)
+        (a @ a)[0, 0].item()                # .item() waits for the device
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best
 
 
 def faster_dtype(device):
-    """("bfloat16", "float16" or "float32", why): the one in which this device multiplies matrices faster."""
+    """The dtype in which this device multiplies matrices fastest; float16 for CUDA without bf16 units."""
     if device.type == "cuda":
-        has = torch.cuda.get_device_capability(device) >= (8, 0)
-        return ("bfloat16", "has bf16 units") if has else ("float16", "has no bf16 units")
-    fp32, bf16 = (matmul_flops(device, dtype) / 1e9 for dtype in (torch.float32, torch.bfloat16))
-    return ("bfloat16" if bf16 > 1.2 * fp32 else "float32",
-            f"measured {fp32:,.0f} GFLOP/s in fp32, {bf16:,.0f} in bf16")
+        return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
+    faster = matmul_flops(device, torch.bfloat16) > 1.2 * matmul_flops(device, torch.float32)
+    return "bfloat16" if faster else "float32"
 
 
 def memory(device):
-    """The most memory, in bytes, that this process has held at once; 0 where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource         # Windows has none
-    except ImportError:
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def commit():
-    """The repository's commit, with a + where files differ from it; None outside a checkout."""
-    git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty=+",
-           "--exclude=*", "--abbrev=12"]
-    try:
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    """The most memory, in bytes, that this process has held at once."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak
 
 
 @contextmanager
-def full_disk_survived(path):
-    """Writing may fail for want of space: the files before it stand, the run says so and goes on."""
+def writing(path):
+    """A full disk ends the run in one line that names the file. What was saved before stays."""
     try:
         yield
     except (OSError, RuntimeError) as e:        # torch's writer raises RuntimeError
         reason = str(e).splitlines()[0]
-        print(f"warning: {path} not written ({reason}); the last one stands, training goes on", file=sys.stderr)
+        raise OSError(f"{path}: not written ({reason}); make room, then the same command goes on") from None
 
 
+# ---- The log
 def perplexity(loss):
     return math.exp(min(loss, 50))      # a loss gone wild must not end the run
 
 
-def clock(seconds):
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
-# ---------------------------------------------------------------------------------------------
-# The log
-
-
 class Log:
-    """NAME.jsonl, one JSON object a line, and the curve drawn from it."""
+    """NAME.jsonl, one JSON object a line, also printed; and the curve drawn from it. Only rank 0 writes."""
 
     def __init__(self, path, header, step):
-        """Start a new log, or, going on from a state saved at `step`, drop what came after it.
-
-        Raises ConfigError where Weights & Biases, asked for, does not let us in.
-        """
-        self.path, records = path, [header]
-        if step and os.path.exists(path):
-            with open(path) as f:
-                records = [json.loads(line) for line in f if line.endswith("\n")]
-            # at `step` itself training lines stand, evaluation is about to happen again
-            records = [r for r in records if "config" in r or r["step"] < step
-                       or r["step"] == step and "val_loss" not in r]
-        self.wandb = None
-        if header["config"]["wandb"]:
-            import wandb
-            try:        # the id in the first line finds the same run again; what is logged twice is the same twice
-                self.wandb = wandb.init(project=header["config"]["wandb"], name=os.path.basename(path)[:-len(".jsonl")],
-                                        config=header["config"], id=records[0].get("wandb"), resume="allow")
-            except wandb.Error as e:
-                raise ConfigError(f"wandb: {str(e).splitlines()[0]}") from None
+        """Start anew at step 0, else go on from a state saved at `step` with what can be read of the file."""
+        self.path, self.records, self.wandb = path, [header], None
+        if RANK:
+            return
+        with open(path, errors="replace") if step and os.path.exists(path) else nullcontext(()) as lines:
+            for line in lines:
+                try:
+                    record = json.loads(line.strip("\0\n"))
+                    again = {"val_loss", "changed"} & record.keys()     # what is logged before the next step
+                    if "config" in record:
+                        self.records[0] = record
+                    elif record["step"] < step or record["step"] == step and not again:
+                        self.records.append(record)
+                except (ValueError, KeyError, TypeError, AttributeError):       # half a line, NUL bytes
+                    pass
+        if project := header["config"]["wandb"]:
+            try:        # the id in the header finds the same run again
+                import wandb
+                self.wandb = wandb.init(project=project, config=header["config"], resume="allow",
+                                        name=os.path.basename(path)[:-6], id=self.records[0].get("wandb"))
+            except Exception as e:      # not installed, no account, no network
+                raise TrainError(f"wandb = {project}: {e}; pip install wandb, or leave it out") from None
             self.wandb.define_metric("*", step_metric="tokens")
-            records[0]["wandb"] = self.wandb.id
-        with open(f"{path}.tmp", "w") as f:
-            f.writelines(json.dumps(record) + "\n" for record in records)
+            self.records[0]["wandb"] = self.wandb.id
+        with writing(path), open(f"{path}.tmp", "w") as f:
+            f.writelines(json.dumps(record) + "\n" for record in self.records)
         os.replace(f"{path}.tmp", path)
-        self.records = records
+
+    def say(self, *text):
+        if RANK == 0:
+            print(*text, sep="\n", flush=True)
 
     def write(self, **record):
+        values = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items())
+        self.say("   ".join(values))
         self.records.append(record)
-        with open(self.path, "a") as f:
-            f.write(json.dumps(record) + "\n")
+        if RANK == 0:
+            with writing(self.path), open(self.path, "a") as f:
+                f.write(json.dumps(record) + "\n")
         if self.wandb:
             self.wandb.log(record)
 
     def plot(self, path):
-        import matplotlib       # here, for only rank 0 draws
+        """Perplexity over tokens, without step 0: an untrained model would take most of the axis."""
+        import matplotlib       # here, for it is slow to import and only rank 0 draws
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
         figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
         for key, label, style in (("loss", "training", "-"), ("val_loss", "validation", "o-")):
-            points = [(r["tokens"], perplexity(r[key])) for r in self.records if key in r]
-            if points:
-                axes.plot(*zip(*points), style, label=label, lw=1, ms=3)
-        axes.set(xlabel="tokens seen", ylabel="perplexity per token", yscale="log",
-                 title=os.path.basename(path).removesuffix(".png"))
+            points = [(r["tokens"], perplexity(r[key])) for r in self.records if r.get("step") and key in r]
+            axes.plot(*np.array(points).reshape(-1, 2).T, style, label=label, lw=1, ms=3)
+        axes.set(xlabel="tokens seen", ylabel="perplexity per token", yscale="log", title=path)
         axes.grid(alpha=0.3, which="both")
         axes.legend()
-        figure.savefig(f"{path}.tmp", dpi=120, format="png")
+        with writing(path):
+            figure.savefig(f"{path}.tmp", dpi=120, format="png")
         os.replace(f"{path}.tmp", path)
         plt.close(figure)
 
 
-# ---------------------------------------------------------------------------------------------
-# The plan
-
-
+# ---- The plan
 def memory_by_part(model, config, micro, gpus):
     """Bytes on each GPU at the peak, by part: bf16 autocast, compiled, with the kernels of model.py.
 
-    What a layer keeps for its backward was read off the graphs that torch.compile makes (and is in
-    tests/test_train.py): per token and channel, in bf16, the two norms' outputs, q, k, v, y, and the
-    MLP before and after its GELU; in fp32 the stream twice; a byte for each dropout mask.
+    What a layer keeps for its backward, per token and channel, is that of torch.compile's graphs: in bf16
+    both norms' outputs, q, k, v, y, the MLP before and after GELU; in fp32 the stream twice; dropout masks.
     """
-    N, V = model.num_params(), model.wte.weight.size(0)
-    L, H, C = config.n_layer, config.n_head, config.n_embd
+    N, (V, C), L = model.num_params(), model.wte.weight.shape, config.n_layer
     tokens = micro * config.block_size
-    layer = tokens * ((36 + 2 * (config.dropout > 0)) * C + 4 * H)
-    adafactor = sum(4 * (p.size(0) + p.size(1)) if p.dim() == 2 else 4 * p.numel() for p in model.parameters())
-    adamw = 8 * N // (gpus if config.zero else 1)
-    return {
-        "weights, fp32": 4 * N,
-        "gradients, fp32": 4 * N,
-        f"{config.optimizer} state" + f", shared by {gpus}" * (config.zero and gpus > 1):
-            adamw if config.optimizer == "adamw" else adafactor,
-        "weights, bf16 copies": 2 * (12 * C * C if config.checkpoint else N),
-        "activations" + ", checkpointed" * config.checkpoint:
-            layer + (L - 1) * tokens * 4 * C if config.checkpoint else L * layer,
-        "one layer's backward": tokens * 28 * C + (layer if config.checkpoint else 0),
-        "loss": max(6 * V * C + 2 * min(tokens * V, 2**27), 8 * V * C),
-    }
+    state = dict(adamw=8 * N, muon=8 * N - 48 * L * C * C, adafactor=8 * N // C)[config.optimizer]
+    layer = tokens * ((36 + 2 * (config.dropout > 0)) * C + 4 * config.n_head)
+    again = config.checkpoint       # layers are recomputed
+    return {"weights and gradients, fp32": 8 * N,
+            f"{config.optimizer} state": state // (gpus if config.zero else 1),
+            "weights, bf16 copies": 2 * (12 * C * C if again else N),
+            "activations": layer + (L - 1) * tokens * 4 * C if again else L * layer,
+            "one layer's backward": tokens * 28 * C + layer * again,
+            "loss": max(6 * V * C + 2 * min(tokens * V, 2**27), 8 * V * C)}
 
 
-def plan(config, name, gpus):
-    """What a run would take, on any machine; nothing is trained and no data is needed."""
+def plan(config, name):
+    """Print what a run would take on config.plan GPUs; nothing is trained and no data is needed."""
     try:
         vocab_size = open_data(config.data, "val")[1]["vocab_size"]
     except NoBin:
         vocab_size = 50257
+    gpus, T = config.plan, config.block_size
     with torch.device("meta"):
-        model = GPT(GPTConfig(vocab_size=vocab_size, **{key: getattr(config, key) for key in ("block_size", *SHAPE)}))
-    micro = config.micro_batch_size or config.batch_size // gpus
-    tokens_per_step = config.batch_size * config.block_size
-    flops = model.flops_per_token(config.block_size)
-    steps = config.max_steps or (config.max_tokens and math.ceil(config.max_tokens / tokens_per_step))
-    print(f"{name} on {gpus} GPU{'s' * (gpus > 1)}: {model.num_params() / 1e6:,.1f}M parameters, a vocabulary of "
-          f"{vocab_size:,}, {flops / 1e9:.2f} GFLOPs per token, {tokens_per_step:,} tokens per step: "
-          f"{config.batch_size // (gpus * micro)} micro batches of {micro} x "
-          f"{config.block_size} on each GPU\n\n| memory per GPU | GB |\n|---|---|")
+        model = GPT(GPTConfig(T, vocab_size, **{key: getattr(config, key) for key in SHAPE}))
+    micro, tokens = config.micro_batch_size or config.batch_size // gpus, config.batch_size * T
+    steps = config.max_steps or math.ceil((config.max_tokens or tokens) / tokens)
+    flops = steps * tokens * model.flops_per_token(T)
+    print(f"{name} on {gpus} GPUs: {model.num_params() / 1e6:,.1f}M parameters, {steps:,} steps of "
+          f"{tokens:,} tokens, {steps * tokens / 1e9:.1f}B tokens, {flops:.2e} FLOPs, micro batches of "
+          f"{micro}\n\n| memory per GPU | GB |\n|---|---|")
     parts = memory_by_part(model, config, micro, gpus)
     for part, size in {**parts, "together": sum(parts.values())}.items():
         print(f"| {part} | {size / 1e9:.1f} |")
-    if steps:
-        total = steps * tokens_per_step * flops
-        print(f"\n{steps:,} steps, {steps * tokens_per_step / 1e9:.1f}B tokens, {total:.2e} FLOPs; by what each GPU "
-              "reaches of them a second (MFU times its measured matmul peak):\n\n| TFLOP/s per GPU | hours |\n"
-              "|---|---|")
-        for speed in (100, 200, 300, 400):
-            print(f"| {speed} | {total / (speed * 1e12 * gpus) / 3600:,.0f} |")
+    print("\n| TFLOP/s per GPU | hours |\n|---|---|")
+    for speed in (100, 200, 300, 400):
+        print(f"| {speed} | {flops / (speed * 1e12 * gpus) / 3600:,.0f} |")
 
 
-# ---------------------------------------------------------------------------------------------
+# ---- A run
+@dataclass
+class Progress:
+    """How far a run has come; saved and restored as a whole."""
+    step: int = 0
+    best: float = math.inf          # lowest validation loss
+    best_step: int = 0
+    skips: int = 0                  # steps in a row, up to this one, that were not finite
+    mean: dict = field(default_factory=dict)        # average: mean of the weights, on rank 0's CPU ...
+    mean_of: list = field(default_factory=list)     # ... at these steps
+
+    def add_to_mean(self, model, points):
+        if not set(self.mean_of) <= points:         # those of an earlier, shorter run
+            self.mean_of = []
+        self.mean_of = [*self.mean_of, self.step]
+        n = len(self.mean_of)
+        for key, p in model.state_dict().items() if RANK == 0 else ():
+            p = p.float().cpu()
+            self.mean[key] = self.mean[key].lerp(p, 1 / n) if n > 1 else p.clone()
 
 
-def make_model(config, given, meta):
-    """(model, lineage) as init_from says. Raises ModelError, ConfigError."""
+def make_model(config, given, meta, path, state):
+    """(model, lineage) of a state, of init_from, or new. Raises ModelError, TrainError."""
+    if state:
+        model = GPT(GPTConfig(**{**state["model_config"], "dropout": config.dropout}))
+        model.load_state_dict(state["model"])
+        return model, state["lineage"]
     if not config.init_from:
         shape = {key: getattr(config, key) for key in ("block_size", "dropout", *SHAPE)}
         return GPT(GPTConfig(vocab_size=meta["vocab_size"], **shape)), []
-    if config.init_from in OPENAI or os.path.isdir(config.init_from):
-        model, source = GPT.from_pretrained(config.init_from), {}
-    else:
-        model, source = load(config.init_from)
+    if config.init_from.endswith(".pt") and not os.path.exists(config.init_from):
+        with open(path) as f:       # the configs of grown models say how they are made
+            commands = [line.strip("# \n") for line in f if "grow.py" in line and config.init_from in line]
+        raise TrainError("; first: ".join([f"init_from = {config.init_from}: no such file", *commands[:1]]))
+    model, source = load(config.init_from)
     for key in SHAPE:
         have, asked = getattr(model.config, key), getattr(config, key)
         if key in given and have != asked:
-            raise ConfigError(f"{config.init_from}: {key} is {have}, but the config asks for {asked}")
-    if source.get("tokenizer", meta["tokenizer"]) != meta["tokenizer"]:
-        raise ConfigError(f"{config.init_from}: trained on {source['tokenizer']} tokens, but {config.data} "
-                          f"holds {meta['tokenizer']} tokens")
-    if meta["vocab_size"] > model.config.vocab_size:
-        raise ConfigError(f"{config.init_from}: a vocabulary of {model.config.vocab_size}, but {config.data} "
-                          f"uses {meta['vocab_size']} tokens")
+            raise TrainError(f"{config.init_from}: {key} is {have}, but the config asks for {asked}")
+    if source["tokenizer"] != meta["tokenizer"] or meta["vocab_size"] > model.config.vocab_size:
+        raise TrainError(f"{config.init_from}: {model.config.vocab_size} {source['tokenizer']} tokens, but "
+                         f"{config.data} holds {meta['vocab_size']} {meta['tokenizer']} tokens")
     model.crop_block_size(config.block_size)
     model.config.dropout = config.dropout
     parent = {key: source[key] for key in ("step", "tokens", "flops", "val_loss") if key in source}
     return model, source.get("lineage", []) + [{"from": config.init_from, **parent}]
 
 
-def main(argv):
-    # one process, or one of torchrun's
-    rank, local_rank, world = (int(os.environ.get(k, d)) for k, d in
-                               (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-    master = rank == 0
-    say = print if master else lambda *_: None
-    gpus = [word.partition("=")[2] or "8" for word in argv if word.partition("=")[0] == "--plan"]
-    if gpus and not (gpus[-1].isdecimal() and int(gpus[-1])):
-        raise ConfigError(f"--plan={gpus[-1]}: expected a number of GPUs")
-    argv = [word for word in argv if word.partition("=")[0] != "--plan"]
-    config, given, name = configure(argv, int(gpus[-1]) if gpus else world)
-    if gpus:
-        return plan(config, name, int(gpus[-1]))
+def load_state(out, config, given, data):
+    """(state, {key: [old, new]} of the keys that changed), or (None, {}) for a new run.
 
-    here = [d for d, has in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()),
-                             ("cpu", True)) if has]
+    data: what identifies the data. Raises TrainError where the state is another run's, and before a new run
+    would overwrite what was trained.
+    """
+    path = f"{out}.state.pt"
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"        # by torchrun, after a crash
+    if os.path.realpath(config.init_from) in (os.path.realpath(f"{out}{end}.pt") for end in ("", ".avg")):
+        raise TrainError(f"init_from = {config.init_from}: this run would overwrite it; choose an out_dir")
+    if not (config.resume or restarted):
+        return None, {}
+    if not os.path.exists(path):
+        if os.path.exists(f"{out}.pt"):
+            raise TrainError(f"{out}.pt is here without its .state.pt; --resume=false overwrites it")
+        return None, {}
+    state = load_pickle(path, mmap=True)        # one copy for all processes of a machine
+    if not isinstance(state, dict) or "progress" not in state:
+        raise TrainError(f"{path}: not a state of this version of train.py; --resume=false starts over")
+    was = {**state["config"], **{key: state["model_config"][key] for key in SHAPE}, "data": state["data"]}
+    same = {"resume"} | {key for key in SHAPE if config.init_from and key not in given}     # the checkpoint's
+    changed = {key: [was.get(key), now] for key, now in {**vars(config), "data": data}.items()
+               if was.get(key) != now and key not in same}
+    for key in IDENTITY:
+        if key in changed:
+            old, new = changed[key]
+            raise TrainError(f"{path}: {key} was {old}, now it is {new}; --resume=false starts over")
+    return state, changed
+
+
+def commit():
+    """The repository's commit, with a + where files differ from it; "" outside a checkout."""
+    git, folder = "git describe --always --dirty=+ --exclude='*' --abbrev=12", os.path.dirname(__file__)
+    return subprocess.run(git, shell=True, cwd=folder or None, capture_output=True, text=True).stdout.strip()
+
+
+def units(targets, tokenizer):
+    """(bytes, words) of text per token of targets."""
+    n_words = count_words(targets.ravel(), tokenizer)
+    return token_bytes(tokenizer)[targets].mean(), max(1e-9, n_words / targets.size)
+
+
+def sample(model, tokenizer, prompt, autocast):
+    """400 tokens after prompt (T,), or a warning: all is saved when this comes."""
+    try:
+        model.config.vocab_size = tokenizer.n_vocab     # only what it can decode
+        idx = torch.from_numpy(prompt.astype(np.int64))[None].to(model.wte.weight.device)       # (1, T)
+        with autocast:
+            tokens = model.eval().generate(idx, 400, temperature=0.8)[0].tolist()
+        return f"\na sample, 400 tokens after the first {len(prompt)}:\n\n{tokenizer.decode(tokens)}"
+    except Exception as e:
+        return f"warning: no sample: {type(e).__name__}: {e}"
+
+
+def restore(state, optimizers, scaler):
+    """Moments from a state; rates, decay and betas stay those of the config."""
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        for group, old in zip(optimizer.param_groups, saved["param_groups"]):
+            old.update({**group, "params": old["params"]})
+        optimizer.load_state_dict(saved)
+    if scaler.is_enabled() and state["scaler"]:
+        scaler.load_state_dict(state["scaler"])
+
+
+def main(config, given, name, path, device):
+    out, distributed = os.path.join(config.out_dir, name), dist.is_initialized()
+
+    # ---- data
+    loader, val_rows, meta, data = open_sources(config)
+    n_blocks, tokens_per_step = sum(map(len, loader.sources)), config.batch_size * config.block_size
+    max_steps = math.ceil(min(config.max_steps or math.inf, (config.max_tokens or math.inf) / tokens_per_step,
+                              (config.max_epochs or math.inf) * n_blocks / config.batch_size))
+
+    # ---- model and optimizer, new or where the run stopped
+    state, changed = load_state(out, config, given, data)
+    torch.manual_seed(config.seed)
+    waiting = dist.new_group(backend="gloo", timeout=timedelta(hours=2)) if distributed else None
+    if LOCAL_RANK:              # the others of a machine wait, so that only one process downloads
+        dist.barrier(waiting)
+    tokenizer = get_tokenizer(meta["tokenizer"])
+    model, lineage = make_model(config, given, meta, path, state)
+    if distributed and not LOCAL_RANK:
+        dist.barrier(waiting)
+    model.to(device).train()
+    model.checkpointing = config.checkpoint
+    dtype = config.dtype if config.dtype != "auto" else state["dtype"] if state else faster_dtype(device)
+    if distributed:             # ranks may have measured differently
+        dist.broadcast_object_list(choice := [dtype])
+        dtype = choice[0]
+    autocast = torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
+    optimizers, run = make_optimizer(model, config), Progress()
+    if state:
+        restore(state, optimizers, scaler)
+        run = Progress(**state["progress"])
+    if "eval_tokens" in changed:
+        run.best = math.inf     # losses on other tokens cannot be compared
+    if config.compile or config.compile is None and device.type == "cuda":
+        model.compile()
+    runner = DistributedDataParallel(model, gradient_as_bucket_view=True) if distributed else model
+
+    # ---- the log and its units
+    shares, epochs = loader.counts / DECK, config.batch_size / n_blocks     # epochs: per step
+    bytes_per_token, words_per_token = shares @ [units(rows[:, 1:], tokenizer) for rows in val_rows.values()]
+    flops_per_step = model.flops_per_token(config.block_size) * tokens_per_step
+    peak = WORLD * matmul_flops(device, getattr(torch, dtype))
+    log = Log(f"{out}.jsonl", dict(
+        config=asdict(config), parameters=model.num_params(), dtype=dtype, world=WORLD,
+        versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__),
+        device=torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or device.type,
+        commit=commit(), data=meta["fingerprint"], lineage=lineage), run.step)
+    log.say(f"{name}: {model.num_params() / 1e6:.1f}M parameters, {max_steps} steps of {tokens_per_step:,} "
+            f"{meta['tokenizer']} tokens, {max_steps * epochs:.2f} epochs of {config.data}, "
+            f"on {WORLD} x {device.type} in {dtype}", *(f"from {parent['from']}" for parent in lineage))
+    if state:
+        log.say(f"going on from {out}.state.pt at step {run.step}; --resume=false starts over")
+    if changed:
+        log.write(step=run.step, changed=changed)
+
+    def save_model(file, loss):
+        if RANK == 0:
+            with writing(file):
+                save(file, model, tokenizer=meta["tokenizer"], data=config.data, step=run.step,
+                     tokens=run.step * tokens_per_step, flops=run.step * flops_per_step, val_loss=loss,
+                     fingerprint=meta["fingerprint"], lineage=lineage)
+
+    stop, stopping = [], False      # SIGINT and SIGTERM: finish the step, save, leave
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.append(True))
+    micro = config.micro_batch_size or config.batch_size // WORLD
+    mean_at = {round(max_steps * (1 - 0.2 * i / config.average)) for i in range(config.average)}
+    since, since_step, saved_step = time.perf_counter(), run.step, run.step if state else -1
+    while True:
+        # ---- save, before the evaluation: then no step is done twice
+        ending = run.step >= max_steps
+        evaluating = ending or run.step % config.eval_interval == 0
+        due = stopping or evaluating or run.step % config.save_interval == 0
+        if due and run.step != saved_step:
+            for optimizer in optimizers if config.zero and distributed else ():
+                optimizer.consolidate_state_dict(to=0)
+            if RANK == 0:
+                with writing(f"{out}.state.pt"):
+                    atomic_save(dict(model=model.state_dict(), model_config=asdict(model.config),
+                                     optimizers=[optimizer.state_dict() for optimizer in optimizers],
+                                     scaler=scaler.state_dict(), progress=vars(run), config=asdict(config),
+                                     dtype=dtype, data=data, lineage=lineage), f"{out}.state.pt")
+        if stopping:
+            return log.say(f"stopped at step {run.step}; the same command goes on from {out}.state.pt")
+
+        # ---- evaluate
+        if evaluating:
+            losses = evaluate(model, list(val_rows.values()), micro, autocast)
+            val_loss = float(shares @ losses)
+            if val_loss < run.best:
+                run.best, run.best_step = val_loss, run.step
+                save_model(f"{out}.pt", val_loss)
+            record = dict(val_loss=val_loss, bits_per_byte=val_loss / math.log(2) / bytes_per_token,
+                          word_perplexity=perplexity(val_loss / words_per_token))
+            if len(losses) > 1:     # a mixture: the loss on each source, and how often it has been seen
+                record["val_losses"] = dict(zip(val_rows, losses))
+                record["epochs"] = dict(zip(val_rows, loader.epochs(run.step)))
+            log.write(step=run.step, tokens=run.step * tokens_per_step, **record)
+            if RANK == 0 and run.step:
+                log.plot(f"{out}.png")
+            since, since_step = time.perf_counter(), run.step
+        if ending:
+            break
+
+        # ---- step
+        lr = learning_rate(run.step, config, max_steps)
+        for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
+            group["lr"] = lr * group["lr_scale"]
+        # dropout, the only draw in a step, depends on (seed, step, rank) alone
+        torch.manual_seed(int(np.random.SeedSequence([config.seed, run.step, RANK]).generate_state(1)[0]))
+        rows = loader.batch(run.step, RANK, WORLD)
+        rows = (rows.pin_memory() if device.type == "cuda" else rows).to(device, non_blocking=True)
+        loss, norm, stopping = train_step(runner, optimizers, rows, micro, autocast, config.grad_clip, scaler,
+                                          stop)
+        run.step += 1
+        run.skips = 0 if math.isfinite(loss) and math.isfinite(norm) else run.skips + 1
+        record = dict(step=run.step, tokens=run.step * tokens_per_step)
+        if run.skips:
+            log.write(**record, skipped=f"loss {loss}, norm {norm}")
+        elif run.step % config.log_interval == 0 or run.step == max_steps:
+            now = time.perf_counter()
+            speed = (run.step - since_step) / max(now - since, 1e-9)        # steps per second
+            since, since_step = now, run.step
+            log.write(**record, loss=loss, norm=norm, lr=lr, tokens_per_second=round(speed * tokens_per_step),
+                      mfu=round(speed * flops_per_step / peak, 4), bytes_held=memory(device),
+                      left=str(timedelta(seconds=int((max_steps - run.step) / speed))))
+        if run.skips == MAX_SKIPS:
+            raise TrainError(f"{MAX_SKIPS} steps in a row, up to {run.step}, were not finite; lower the "
+                             f"learning_rate, or change seed; {out}.state.pt is as it was")
+        if run.step in mean_at:
+            run.add_to_mean(model, mean_at)
+
+    # ---- the end: the mean of the weights, a row for a table, a sample
+    if run.mean_of:
+        if RANK == 0:
+            model.load_state_dict(run.mean)
+        for p in model.parameters() if distributed else ():
+            dist.broadcast(p.data, 0)
+        mean_loss = float(shares @ evaluate(model, list(val_rows.values()), micro, autocast))
+        save_model(f"{out}.avg.pt", mean_loss)
+        log.say(f"mean of the weights at steps {run.mean_of}: val loss {mean_loss:.4f}, {out}.avg.pt")
+    train_loss = next((r["loss"] for r in reversed(log.records) if "loss" in r), math.nan)
+    cells = (config.block_size, config.init_from or name, f"{train_loss:.4f}", f"{val_loss:.4f}",
+             f"{perplexity(val_loss):.2f}", f"{record['word_perplexity']:.2f}",
+             f"{run.best_step * epochs:.2f} of {run.step * epochs:.2f}", out)
+    log.say("\n| context | model | train loss | val loss | val ppl | adj val ppl | best epoch | run |\n"
+            f"{'|---' * len(cells)}|\n| {' | '.join(map(str, cells))} |")
+    if log.wandb:
+        log.wandb.finish()
+    log.say(sample(model, tokenizer, next(iter(val_rows.values()))[0, :32], autocast) if RANK == 0 else "")
+
+
+def start(argv):
+    """Read the config, take the run's lock, join the other processes of torchrun and train."""
+    config, given, name = configure(argv, WORLD)
+    if config.plan:
+        return plan(config, name)
+    here = [kind for kind, has in (("cuda", torch.cuda), ("mps", torch.backends.mps), ("cpu", torch.cpu))
+            if has.is_available()]
     if config.device not in ("auto", *here):
-        raise ConfigError(f"device = {config.device}: torch sees none here, only {', '.join(here)}")
+        raise TrainError(f"device = {config.device}: torch sees none here, only {', '.join(here)}")
     device = torch.device(here[0] if config.device == "auto" else config.device)
     if device.type == "cuda":
-        device = torch.device("cuda", local_rank)
+        device = torch.device("cuda", LOCAL_RANK)
         torch.cuda.set_device(device)
     if device.type == "cpu":
         keep_memory()
-    distributed = "RANK" in os.environ
-    if distributed:
+    with lock(os.path.join(config.out_dir, f"{name}.lock")) if RANK == 0 else nullcontext():
+        if "RANK" not in os.environ:
+            return main(config, given, name, argv[0], device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
-
-    # data
-    sources, meta = open_data(config.data, "train")
-    val_sources, _ = open_data(config.data, "val")
-    shares = list(config.data.values()) if isinstance(config.data, dict) else [1.0]
-    loader = Loader([Blocks(bins, config.block_size, name) for name, bins in sources.items()], apportion(shares),
-                    config.batch_size, config.seed)
-    n_blocks = sum(map(len, loader.sources))
-    eval_block_size = config.eval_block_size or config.block_size
-    val_blocks = [Blocks(bins, eval_block_size, f"{name}, validation").spread(config.eval_tokens)
-                  for name, bins in val_sources.items()]
-    tokenizer = get_tokenizer(meta["tokenizer"])
-    weights = loader.counts / GROUP
-    bytes_per_token = weights @ [token_bytes(tokenizer)[rows[:, 1:]].mean() for rows in val_blocks]
-    val_tokens = [rows[:, 1:].size for rows in val_blocks]
-    val_words = [count_words(rows[:, 1:].ravel(), tokenizer) for rows in val_blocks]
-    words_per_token = max(1e-9, weights @ np.divide(val_words, val_tokens))
-    tokens_per_step = config.batch_size * config.block_size
-    max_steps = math.ceil(min(
-        config.max_steps or math.inf,
-        (config.max_tokens or math.inf) / tokens_per_step,
-        (config.max_epochs or math.inf) * n_blocks / config.batch_size))
-
-    # the model, new or where its last run stopped
-    path = os.path.join(config.out_dir, name)
-    os.makedirs(config.out_dir, exist_ok=True)
-    torch.manual_seed(config.seed)
-    state = None
-    if config.resume and os.path.exists(f"{path}.state.pt"):
-        state = load_pickle(f"{path}.state.pt", mmap=True)      # one copy for all processes of a machine
-        if not isinstance(state, dict) or "counts" not in state:        # what states hold since mixtures
-            raise ModelError(f"{path}.state.pt: not a state of train.py, or of an older one; pass --resume=false to "
-                             "start over")
-        for key in ("block_size", "batch_size", "optimizer", "seed", *SHAPE):
-            if key in given and state["config"][key] != getattr(config, key):
-                raise ConfigError(f"{path}.state.pt: {key} was {state['config'][key]}, now it is "
-                                  f"{getattr(config, key)}; pass --resume=false to start over")
-        if (state["fingerprint"], state["counts"]) != (meta["fingerprint"], loader.counts.tolist()):
-            raise ConfigError(f"{path}.state.pt: trained on other data than {config.data} holds now; pass "
-                              "--resume=false to start over")
-        model, lineage = GPT(GPTConfig(**state["model_config"])), state["lineage"]
-        model.load_state_dict(state["model"])
-        model.config.dropout = config.dropout
-    else:
-        model, lineage = make_model(config, given, meta)
-    if model.wpe is not None and eval_block_size > config.block_size:
-        raise ConfigError(f"eval_block_size = {eval_block_size}: learned positions end at block_size = "
-                          f"{config.block_size}; a longer context takes pos = alibi")
-    model.to(device).train()
-    model.checkpointing = config.checkpoint
-    beside = config.init_from.removesuffix(".pt") + ".optimizer.pt"
-    settings, moments = None, None
-    if state:
-        settings = {name: {key: group[key] for key in ("lr_scale", "eps")}
-                    for group in state["optimizer"]["param_groups"] for name in group["names"]}
-    elif config.init_from and os.path.exists(beside):
-        if config.optimizer != "adamw":
-            say(f"{beside}: AdamW's, so Adafactor is new")
-        else:
-            say(f"{beside}: AdamW goes on from it")
-            grown = load_pickle(beside, mmap=True)
-            settings, moments = grown["settings"], grown["moments"]
-    optimizer = make_optimizer(model, config, settings)
-    if moments:
-        load_moments(optimizer, moments)
-    dtype, why = config.dtype, "as configured"
-    if dtype == "auto":
-        choice = [(state["dtype"], "as before") if state else faster_dtype(device)]
-        if distributed:         # one choice for all ranks
-            dist.broadcast_object_list(choice, device=device)
-        dtype, why = choice[0]
-    autocast = torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
-    step, best, best_step, skips = 0, math.inf, 0, 0    # skips: steps in a row, up to this one, that were not finite
-    mean = {}                                           # of the weights, on rank 0's CPU
-    if state:
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        step, best, best_step, skips, mean = (state[key] for key in ("step", "best", "best_step", "skips", "mean"))
-    mean_at = sorted({round(max_steps * (1 - 0.2 * i / config.average)) for i in range(config.average)})
-    if mean_at and step >= mean_at[0] and state["config"]["average"] != config.average:
-        raise ConfigError(f"{path}.state.pt: average was {state['config']['average']} when step {mean_at[0]} went by, "
-                          f"now it is {config.average}; pass --average={state['config']['average']}")
-    peak = world * matmul_flops(device, getattr(torch, dtype))
-    flops_per_step = model.flops_per_token(config.block_size) * tokens_per_step
-
-    compiled = device.type == "cuda" if config.compile is None else config.compile
-    if compiled:
-        model.compile()
-    runner = model
-    if distributed:
-        runner = DistributedDataParallel(model, device_ids=[local_rank] if device.type == "cuda" else None,
-                                         gradient_as_bucket_view=True)      # gradients live once
-
-    say(f"{name}: {model.num_params() / 1e6:.1f}M parameters, {meta['tokenizer']} tokens, "
-        f"{sum(len(tokens) for bins in sources.values() for tokens in bins):,} for training from {config.data}")
-    say(f"{world} process{'es' * (world > 1)} on {device.type}, {dtype} ({why}), {max_steps} steps of "
-        f"{tokens_per_step:,} tokens, {max_steps * config.batch_size / n_blocks:.2f} epochs")
-    if state:
-        say(f"going on from {path}.state.pt at step {step}; --resume=false starts over")
-    for parent in lineage:
-        say(f"comes from {parent['from']}{': ' * ('how' in parent)}{parent.get('how', '')}"
-            + (f", {parent['tokens'] / 1e6:,.1f}M tokens, {parent.get('flops', 0):.2e} FLOPs"
-               if parent.get("tokens") else ""))
-    log = None
-    if master:
-        versions = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
-        log = Log(f"{path}.jsonl", dict(
-            config=asdict(config), parameters=model.num_params(), dtype=dtype, world=world, versions=versions,
-            device=torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or device.type,
-            commit=commit(), data=meta["fingerprint"], lineage=lineage), step)
-
-    # SIGINT and SIGTERM: finish the step, save, leave
-    stop = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.append(True))
-
-    def save_state():
-        if config.zero and distributed:
-            optimizer.consolidate_state_dict(to=0)
-        if master:
-            with full_disk_survived(f"{path}.state.pt"):
-                atomic_save(dict(model=model.state_dict(), model_config=asdict(model.config), step=step, best=best,
-                                 best_step=best_step, skips=skips, mean=mean, optimizer=optimizer.state_dict(),
-                                 scaler=scaler.state_dict(), config=asdict(config), dtype=dtype,
-                                 fingerprint=meta["fingerprint"], counts=loader.counts.tolist(), lineage=lineage),
-                            f"{path}.state.pt")
-
-    def save_model(file, loss):
-        save(file, model, step=step, tokens=step * tokens_per_step, flops=step * flops_per_step, val_loss=loss,
-             tokenizer=meta["tokenizer"], data=config.data, fingerprint=meta["fingerprint"], lineage=lineage)
-
-    micro = config.micro_batch_size or config.batch_size // world
-    eval_batch_size = max(1, micro * config.block_size // eval_block_size)
-    began, began_step = time.time(), step
-    since, since_step = began, step
-    stopping = False
-    while not stopping:
-        if step % config.eval_interval == 0 or step >= max_steps:       # its state is already saved
-            losses = evaluate(model, val_blocks, eval_batch_size, autocast, rank, world, stop)
-            if losses is None:
-                stopping = True
-                continue
-            val_loss = float(weights @ losses)
-            bits_per_byte = val_loss / math.log(2) / bytes_per_token
-            say(f"step {step:6}   val loss {val_loss:.4f}   perplexity {perplexity(val_loss):,.2f}   "
-                f"bits per byte {bits_per_byte:.4f}")
-            by_source = {}
-            if len(sources) > 1:
-                epochs = loader.epochs(step)
-                by_source = dict(val_losses=dict(zip(sources, losses)), epochs=dict(zip(sources, epochs)))
-                for source, loss, times in zip(sources, losses, epochs):
-                    say(f"              val loss {loss:.4f}   {times:.2f} epochs   {source}")
-            if master:
-                with full_disk_survived(path):
-                    log.write(step=step, tokens=step * tokens_per_step, val_loss=val_loss, bits_per_byte=bits_per_byte,
-                              word_perplexity=perplexity(val_loss / words_per_token), **by_source)
-                    if val_loss < best:
-                        save_model(f"{path}.pt", val_loss)
-                    log.plot(f"{path}.png")
-            if val_loss < best:
-                best, best_step = val_loss, step
-            since, since_step = time.time(), step
-            if step == began_step:
-                began = since       # the first evaluation comes before any step
-        if step >= max_steps:
-            break
-
-        lr = learning_rate(step, config, max_steps)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
-        # dropout, the only draw in a step, depends on (seed, step, rank) alone
-        torch.manual_seed(int(np.random.SeedSequence([config.seed, step, rank]).generate_state(1)[0]))
-        rows = loader.batch(step, rank, world)
-        if device.type == "cuda":
-            rows = rows.pin_memory()
-        rows = rows.to(device, non_blocking=True)
-        loss, norm, stopping = train_step(runner, optimizer, rows, micro, autocast, config.grad_clip, scaler, stop)
-        step += 1
-
-        if math.isfinite(loss) and math.isfinite(norm):
-            skips = 0
-        else:
-            skips += 1
-            say(f"step {step:6}   skipped: loss {loss}, norm {norm}")
-            if master:
-                with full_disk_survived(path):
-                    log.write(step=step, tokens=step * tokens_per_step, skipped=f"loss {loss}, norm {norm}")
-            if skips == MAX_SKIPS:
-                raise Diverged(f"{name}: {skips} steps in a row, up to step {step}, were not finite; {path}.state.pt "
-                               "is as it was last saved; lower learning_rate, or change seed")
-        if (step % config.log_interval == 0 or step == max_steps) and not skips:
-            now = time.time()
-            speed = (step - since_step) / (now - since)         # steps per second
-            mfu, held = speed * flops_per_step / peak, memory(device)
-            left = (max_steps - step) * (now - began) / (step - began_step)
-            since, since_step = now, step
-            say(f"step {step:6}/{max_steps}   {step * tokens_per_step / 1e6:.2f}M tokens   loss {loss:.4f}   "
-                f"norm {norm:.2f}   lr {lr:.2e}   {speed * tokens_per_step:,.0f} tok/s   "
-                f"MFU {mfu:.0%}   {held / 2**30:.1f} GiB   left {clock(left)}")
-            if master:
-                with full_disk_survived(path):
-                    log.write(step=step, tokens=step * tokens_per_step, loss=loss, norm=norm, lr=lr,
-                              tokens_per_second=round(speed * tokens_per_step), mfu=round(mfu, 4), bytes_held=held)
-        if step in mean_at and master:
-            n = mean_at.index(step)
-            for key, p in model.state_dict().items():
-                p = p.float().cpu()
-                mean[key] = mean[key].lerp(p, 1 / (n + 1)) if n else p.clone()
-        if stopping or step == max_steps or step % config.save_interval == 0 or step % config.eval_interval == 0:
-            save_state()
-    if stopping:
-        say(f"stopped at step {step}; the same command " +
-            (f"goes on from {path}.state.pt" if step else "starts over"))
-    elif master:
-        start = torch.from_numpy(val_blocks[0][:1, :32].astype(np.int64)).to(device)
-        generator = torch.Generator(device).manual_seed(config.seed)
-        with autocast:
-            sample = model.eval().generate(start, 400, temperature=0.8, generator=generator)[0].tolist()
-        train_loss = next((r["loss"] for r in reversed(log.records) if "loss" in r), math.nan)
-        epochs = config.batch_size / n_blocks
-        say(f"\na sample, 400 tokens after the first {start.size(1)} for validation:\n\n{tokenizer.decode(sample)}\n\n"
-            f"on {sum(val_tokens):,} tokens for validation, {sum(val_words):,} words, {bits_per_byte:.4f} bits per byte"
-            f"{f', context {eval_block_size}' * (eval_block_size != config.block_size)}:\n\n"
-            "| context | model | train loss | val loss | val ppl | adj val ppl | best epoch | run |\n|---|---|---|---|"
-            f"---|---|---|---|\n| {config.block_size} | {config.init_from or f'{model.num_params() / 1e6:.1f}M'} | "
-            f"{train_loss:.4f} | {val_loss:.4f} | {perplexity(val_loss):,.2f} | "
-            f"{perplexity(val_loss / words_per_token):,.2f} | {best_step * epochs:.2f} of {step * epochs:.2f} | {path} "
-            f"|\n\ncheckpoint {path}.pt\nlog        {path}.jsonl\ncurve      {path}.png")
-    if mean_at and not stopping:
-        if master:
-            model.load_state_dict(mean)
-        for p in model.parameters() if distributed else ():
-            dist.broadcast(p.data, 0)
-        mean_loss = float(weights @ evaluate(model, val_blocks, eval_batch_size, autocast, rank, world))
-        say(f"mean of the weights at steps {', '.join(map(str, mean_at))}: val loss {mean_loss:.4f} (the last alone "
-            f"{val_loss:.4f}), {path}.avg.pt")
-        if master:
-            with full_disk_survived(f"{path}.avg.pt"):
-                save_model(f"{path}.avg.pt", mean_loss)
-    if log and log.wandb:
-        log.wandb.finish()
-    if distributed:
+        main(config, given, name, argv[0], device)
         dist.barrier()      # a rank that leaves early takes its connections away from the others
         dist.destroy_process_group()
         sys.stdout.flush()
@@ -910,12 +835,9 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    if "--help" in sys.argv:
-        print(__doc__)
-        sys.exit()
     try:
-        main(sys.argv[1:])
+        start(sys.argv[1:])
     except KeyboardInterrupt:       # before the first step; later the run saves first
         sys.exit(130)
-    except (ConfigError, DataError, Diverged, ModelError, OSError) as e:
-        sys.exit(f"train.py: {e}" if os.environ.get("RANK", "0") == "0" else 1)
+    except (TrainError, DataError, ModelError, OSError) as e:
+        sys.exit(f"train.py: {e}" if RANK == 0 else 1)

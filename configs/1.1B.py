@@ -1,5 +1,5 @@
 # 1.1B with ALiBi, started from the 580M grown in depth:
-#   python grow.py out/580M.pt out/1.1B-init.pt --n_layer=36     (the report: --depth=adjacent --fresh_optimizer)
+#   python grow.py out/580M.pt out/1.1B-init.pt --n_layer=36
 data = "data/corpus"
 init_from = "out/1.1B-init.pt"
 max_tokens = 10_000_000_000

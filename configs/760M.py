@@ -1,5 +1,5 @@
 # 760M with ALiBi, started from the 580M grown in depth:
-#   python grow.py out/580M.pt out/760M-init.pt --n_layer=24     (the report: --depth=adjacent --fresh_optimizer)
+#   python grow.py out/580M.pt out/760M-init.pt --n_layer=24
 data = "data/corpus"
 init_from = "out/760M-init.pt"
 max_tokens = 10_000_000_000

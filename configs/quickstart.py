@@ -3,10 +3,10 @@
 data = "data/python"
 block_size = 256
 batch_size = 16
-max_steps = 800
-eval_interval = 100
+max_steps = 360
+eval_interval = 60
 eval_tokens = 2**16
-save_interval = 100
+save_interval = 60
 log_interval = 20
 
 n_layer = 4
@@ -15,7 +15,8 @@ n_embd = 256
 bias = False
 pos = "alibi"
 
-learning_rate = 2e-3
-min_lr = 2e-4
+optimizer = "muon"
+learning_rate = 6e-3
+min_lr = 6e-4
 warmup_steps = 50
 beta2 = 0.99

@@ -22,8 +22,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from model import GPT, GPTConfig                                                    # noqa: E402
 from prepare import open_bin                                                        # noqa: E402
-from train import (Blocks, Config, Loader, apportion, faster_dtype, keep_memory, make_optimizer,   # noqa: E402
-                   train_step)
+from train import Blocks, Config, Loader, faster_dtype, keep_memory, make_optimizer, train_step     # noqa: E402
 
 SHAPES = {      # name: n_layer, n_head, n_embd, block_size, batch_size, vocab_size
     "small": (6, 6, 384, 256, 16, 320),
@@ -54,12 +53,12 @@ def nanogpt_step(nano, ours, shape, device, compiled):
 
 
 def our_step(model, dtype, device, compiled):
-    optimizer = make_optimizer(model, Config(learning_rate=3e-4, weight_decay=0.1, beta1=0.9, beta2=0.95))
+    optimizers = make_optimizer(model, Config(learning_rate=3e-4, weight_decay=0.1, beta1=0.9, beta2=0.95))
     autocast = torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16")
     if compiled:
         model.compile()
     scaler = torch.amp.GradScaler(device, enabled=False)
-    return lambda rows: train_step(model, optimizer, rows, len(rows), autocast, 1.0, scaler)[0]
+    return lambda rows: train_step(model, optimizers, rows, len(rows), autocast, 1.0, scaler)[0]
 
 
 def timed(step, rows):
@@ -81,14 +80,14 @@ def main():
     tokens, _ = open_bin(f"{args.data}/train.bin")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     compiled = args.compile or device == "cuda"
-    dtype, why = faster_dtype(torch.device(device))
-    print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads; ours in {dtype}: {why}"
+    dtype = faster_dtype(torch.device(device))
+    print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads; ours in {dtype}"
           f"{', both compiled' * compiled}\n")
 
     rows_of = {}
     for name, shape in SHAPES.items():
         n_layer, n_head, n_embd, block_size, batch_size, vocab_size = shape
-        loader = Loader([Blocks([tokens], block_size, args.data)], apportion([1]), batch_size, 1)
+        loader = Loader([Blocks([tokens], block_size, args.data)], [1], batch_size, 1)
         rows_of[name] = [loader.batch(s).to(device) for s in range(args.steps)]
 
     alone = {}      # before keep_memory, which lasts for the process

@@ -47,9 +47,10 @@ pos = "alibi"
 """
 
 
-def start(folder, out, processes):
+def start(folder, out, processes, optimizer):
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    return subprocess.Popen([sys.executable, *launcher, ROOT / "train.py", folder / "soak.py", f"--out_dir={out}"],
+    return subprocess.Popen([sys.executable, *launcher, ROOT / "train.py", folder / "soak.py", f"--out_dir={out}",
+                             f"--optimizer={optimizer}"],
                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
                             env={**os.environ, "OMP_NUM_THREADS": "1"})
 
@@ -78,7 +79,7 @@ def same(a, b):
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
-MACHINE = ("tokens_per_second", "mfu", "bytes_held")       # of the log, what two runs need not share
+MACHINE = ("tokens_per_second", "mfu", "bytes_held", "left")       # of the log, what two runs need not share
 
 
 def contents(path):
@@ -96,6 +97,7 @@ def main():
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--optimizer", default="adamw")
     args = parser.parse_args()
     moments = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as folder:
@@ -103,12 +105,12 @@ def main():
         prepare.prepare(["python"], str(folder / "data"), "bytes", 0.05)
         (folder / "soak.py").write_text(CONFIG.format(data=folder / "data", steps=args.steps))
         began = time.time()
-        assert start(folder, folder / "alone", args.processes).wait() == 0
+        assert start(folder, folder / "alone", args.processes, args.optimizer).wait() == 0
         alone = time.time() - began
         state = folder / "killed/soak.state.pt"
         kills, corrupt, startup, longest, reached = 0, 0, 0, 0, collections.Counter()
         while kills < args.kills:
-            process = start(folder, folder / "killed", args.processes)
+            process = start(folder, folder / "killed", args.processes, args.optimizer)
             try:
                 process.wait(timeout=moments.uniform(2, 6) if args.processes == 1 else moments.uniform(4, 20))
                 sys.exit(f"the run ended after {kills} kills: give it more --steps\n{process.stderr.read()}")
@@ -124,13 +126,13 @@ def main():
             startup += not state.exists()
             leftovers = [path.name for path in (folder / "killed").glob("*.tmp")]
             reached["while writing a file" if leftovers else "elsewhere"] += 1
-        last = start(folder, folder / "killed", args.processes)
+        last = start(folder, folder / "killed", args.processes, args.optimizer)
         _, errors = last.communicate()
         assert last.returncode == 0, errors
         equal = {name: same(*(contents(folder / run / name) for run in ("alone", "killed")))
                  for name in ("soak.pt", "soak.state.pt")}
         equal["soak.jsonl"] = log(folder / "alone/soak.jsonl") == log(folder / "killed/soak.jsonl")
-        print(f"torch {torch.__version__}, Python {platform.python_version()}; {args.processes} process(es), "
+        print(f"torch {torch.__version__}, Python {platform.python_version()}; {args.optimizer}, {args.processes} process(es), "
               f"{args.steps} steps, {alone:.0f} s left alone\n\n| | |\n|---|---|\n| kills | {kills} |\n| of them before the first "
               f"checkpoint | {startup} |\n| of them while a file was being written | {reached['while writing a file']} |\n"
               f"| longest time from a kill to the end of all processes | {longest:.1f} s |\n"
