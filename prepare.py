@@ -836,11 +836,12 @@ def write_bins(out, parts, sides, n_sources, eot):
 
 
 def halve(out, val_fraction, encoding):
-    """Move the end of the one document in OUT/train.bin.tmp to OUT/val.bin.tmp, from a line end if there is one."""
+    """Move the end of the document in OUT/train.bin.tmp to OUT/val.bin.tmp, from a line end if there is one."""
     path = out / "train.bin.tmp"
     target = int((1 - val_fraction) * (path.stat().st_size // 2 - 1))
     near = max(0, target - 2**22)
-    ends_line = np.array([encoding.decode_single_token_bytes(token)[-1:] == b"\n" for token in range(encoding.n_vocab)])
+    last_bytes = [encoding.decode_single_token_bytes(token)[-1:] for token in range(encoding.n_vocab)]
+    ends_line = np.array([last == b"\n" for last in last_bytes])
     after = near + 1 + np.flatnonzero(ends_line[np.fromfile(path, "<u2", target - near, offset=2 * near)])
     cut = int(after[-1]) if len(after) else target
     with open(path, "r+b") as train, open(out / "val.bin.tmp", "wb") as val:
@@ -922,7 +923,7 @@ def prepare(sources, out, tokenizer="gpt2", val_fraction=0.05, *, field="text", 
     with lock(out / "prepare.lock"), tqdm(total=size, unit="B", unit_scale=True, desc=str(out)) as bar:
         if skip_bad and strict.exists():        # no part there has text to skip
             os.replace(strict, work)
-        for stale in set(work.parent.glob("*")) - {work}:
+        for stale in set(work.parent.glob("*")) - {work, work.with_name("trash")}:
             discard(stale)
         work.mkdir(parents=True, exist_ok=True)
         try:
