@@ -976,7 +976,8 @@ def build(config, weights, source):
 HF_FIXED = {"gpt2": dict(activation_function="gelu_new", layer_norm_epsilon=1e-5),
             "mpt": dict(layer_norm_epsilon=1e-5, expansion_ratio=4, no_bias=True, logit_scale=None,
                         alibi=True, alibi_bias_max=8, clip_qkv=None, qk_ln=False)}
-PROBE = "It's 12,345 O'Clock\r\n\n naïve  cafe\u0301 🙂 "        # a text that other tokenizers cut differently
+# a text that other tokenizers cut differently
+PROBE = "It's 12,345 O'Clock\r\n\n naïve  cafe\u0301 🙂 "
 TOKENIZERS = {"gpt2": (50257, [1026, 338, 1105, 11, 27712, 440, 6, 44758, 201, 628, 41492, 220, 26725, 136,
                                223, 32485, 220]),
               "bytes": (257, list(PROBE.encode()))}

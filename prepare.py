@@ -836,7 +836,7 @@ def write_bins(out, parts, sides, n_sources, eot):
 
 
 def halve(out, val_fraction, encoding):
-    """Move the end of the document in OUT/train.bin.tmp to OUT/val.bin.tmp, from a line end if there is one."""
+    """Move the end of the document in OUT/train.bin.tmp to OUT/val.bin.tmp, from a line end if it has one."""
     path = out / "train.bin.tmp"
     target = int((1 - val_fraction) * (path.stat().st_size // 2 - 1))
     near = max(0, target - 2**22)

@@ -33,7 +33,7 @@ import signal
 import subprocess
 import time
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")     # for torch: less fragmentation

@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 
 os.environ["HF_HUB_OFFLINE"] = "1"      # huggingface_hub reads it once; no test waits for a network
-from transformers import (AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig,  # noqa: E402
-                          MptConfig, MptForCausalLM)
+from transformers import (AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, MptConfig, MptForCausalLM)
 
 import model as m                                       # noqa: E402
 from model import GPT, GPTConfig, ModelError            # noqa: E402
