@@ -196,9 +196,9 @@ def find_files(source, passed_over=None):
     """The Files of a source, in a fixed order. passed_over: a Counter of the endings not read of a folder."""
     with one_line_errors(source):
         fs, path = fsspec.core.url_to_fs(source)
-        in_folder = fs.isdir(path)
+        in_folder = not fs.isfile(path) and fs.isdir(path)
         if in_folder:
-            paths = walk(fs, path, set())
+            paths = list(walk(fs, path, set()))
         elif fs.isfile(path):
             paths = [path]
         elif source in CORPORA:
@@ -226,8 +226,9 @@ def walk(fs, folder, seen):
     """The files in a folder and below. Links are followed, but no folder is entered twice."""
     if os.path.realpath(folder) not in seen:
         seen.add(os.path.realpath(folder))
-        for path in sorted(fs.ls(folder, detail=False)):
-            yield from walk(fs, path, seen) if fs.isdir(path) else [path]
+        for entry in fs.ls(folder, detail=True):
+            is_folder = entry["type"] == "directory" or entry.get("islink") and fs.isdir(entry["name"])
+            yield from walk(fs, entry["name"], seen) if is_folder else [entry["name"]]
 
 
 def has_json_lines(fs, path):

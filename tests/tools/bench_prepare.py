@@ -18,8 +18,10 @@ import platform
 import statistics
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -136,7 +138,10 @@ def main():
         path = args.text or f"{folder}/packages.jsonl"
         if not args.text:
             with open(path, "w") as f:
-                f.writelines(json.dumps({"text": text}) + "\n" for _, text in p.packages())
+                for file in p.find_files(f"{sysconfig.get_paths()['purelib']}/**/*.py"):
+                    for record in p.records(0, file):
+                        if text := p.text_of(record, bad=Counter()):
+                            f.write(json.dumps({"text": text}) + "\n")
         size = sum(len(text.encode()) for text in p.texts(path))
         tokens, seconds, shares = {}, {row: [] for row in ROWS}, {row: [] for row in ROWS}
         for _ in range(args.rounds):
