@@ -247,7 +247,7 @@ def corpus_files(name):
         return [File(LocalFileSystem(), str(path), "text", cut) for path, (*_, cut) in zip(paths, place)]
     files = find_files(str(folder) if folder.is_dir() else place)
     if name == "python":
-        return [file for file in files if not NOT_PYTHON & set(Path(file.path).relative_to(STDLIB).parts)]
+        return [file for file in files if not NOT_PYTHON & set(os.path.relpath(file.path, STDLIB).split("/"))]
     return files
 
 
