@@ -27,7 +27,7 @@ def run_1_1b(steps=8):
     config = configure([str(ROOT / "configs/1.1B.py")])[0]
     model = GPT(GPTConfig(block_size=config.block_size, dropout=config.dropout,
                           **{key: getattr(config, key) for key in SHAPE})).to("cuda").train()
-    optimizer = make_optimizer(model, config)
+    optimizers = make_optimizer(model, config)
     model.compile()
     autocast, scaler = torch.autocast("cuda", torch.bfloat16), torch.amp.GradScaler("cuda", enabled=False)
     peak = matmul_flops(torch.device("cuda"), torch.bfloat16)
@@ -41,7 +41,7 @@ def run_1_1b(steps=8):
                     torch.cuda.synchronize()
                     start = time.perf_counter()
                 rows = torch.randint(0, 50257, (micro, config.block_size + 1), device="cuda")
-                loss, _, _ = train_step(model, optimizer, rows, micro, autocast, config.grad_clip, scaler)
+                loss, _, _ = train_step(model, optimizers, rows, micro, autocast, config.grad_clip, scaler)
             torch.cuda.synchronize()
         except torch.cuda.OutOfMemoryError:
             print(f"| {micro} | out of memory | | | | |")
@@ -59,15 +59,15 @@ def evaluation(folder):
     from prepare import get_tokenizer, test_items
     model, tokenizer = GPT(GPTConfig()).to("cuda").eval(), get_tokenizer("gpt2")
     print("| task | items | fp32, s | bf16, s |\n|---|---|---|---|")
-    for task in eval.METRICS:
-        items, seconds = list(test_items(task, folder)), []
+    for task, (function, kind) in eval.TASKS.items():
+        examples, seconds = [function(item) for item in test_items(task, folder)], []
         for enabled in (False, True):
             with_bf16 = torch.autocast("cuda", torch.bfloat16, enabled=enabled)
-            eval.run_task(task, items[:8], model, tokenizer, 1024, 64, with_bf16)       # kernels are built
+            eval.run_task(kind, examples[:8], model, tokenizer, 1024, 64, with_bf16)       # kernels are built
             start = time.perf_counter()
-            eval.run_task(task, items, model, tokenizer, 1024, 64, with_bf16)
+            eval.run_task(kind, examples, model, tokenizer, 1024, 64, with_bf16)
             seconds.append(time.perf_counter() - start)
-        print(f"| {task} | {len(items):,} | {seconds[0]:.1f} | {seconds[1]:.1f} |", flush=True)
+        print(f"| {task} | {len(examples):,} | {seconds[0]:.1f} | {seconds[1]:.1f} |", flush=True)
 
 
 def speed(nanogpt):
