@@ -1,10 +1,9 @@
-"""What growth saves, measured: makes growth.md, growth.jsonl and growth.png beside this file.
+"""What growth saves.
 
     python prepare.py python --out data/python --tokenizer bytes
-    python logs/growth.py
+    python logs/growth/run.py
 
-Every run goes through train.py and grow.py. A run that is in growth.jsonl is not made again, so
-after Ctrl-C the same command goes on; it prints what is left.
+Every run goes through train.py and grow.py.
 """
 import contextlib
 import functools
@@ -14,11 +13,13 @@ import time
 from pathlib import Path
 
 import numpy as np
-import study
-from study import HERE
 
-import grow
-import train
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import study                # noqa: E402
+
+import grow                 # noqa: E402
+import train                # noqa: E402
+from model import load      # noqa: E402
 
 OUT = "out/growth"
 SEEDS = (1, 2, 3)
@@ -43,28 +44,24 @@ TARGET = dict(n_layer=6, n_head=4, n_embd=64)
 SMALLER = {"depth": dict(TARGET, n_layer=3), "width": dict(TARGET, n_head=2, n_embd=32),
            "both": dict(n_layer=3, n_head=2, n_embd=32)}
 
-# arm: (what grows, share of the source's schedule done, words for grow.py, warm up again?)
-FRESH = "--fresh_optimizer"
-ARMS = {
-    "depth: adjacent": ("depth", 1, ["--depth=adjacent", FRESH], True),
-    "depth: stack": ("depth", 1, ["--depth=stack", FRESH], True),
-    "depth: middle": ("depth", 1, ["--depth=middle", FRESH], True),
-    "depth: identity": ("depth", 1, ["--depth=identity", FRESH], True),
-    "depth: adjacent, optimizer grown": ("depth", 1, ["--depth=adjacent"], True),
-    "depth: adjacent, no warmup": ("depth", 1, ["--depth=adjacent", FRESH], False),
-    "depth: adjacent, optimizer grown, no warmup": ("depth", 1, ["--depth=adjacent"], False),
-    "depth: adjacent, at half": ("depth", 0.5, ["--depth=adjacent", FRESH], True),
-    "depth: adjacent, at a quarter": ("depth", 0.25, ["--depth=adjacent", FRESH], True),
-    "width": ("width", 1, [FRESH], True),
-    "width, noise 4": ("width", 1, [FRESH, "--noise=4"], True),
-    "width, noise 0.5": ("width", 1, [FRESH, "--noise=0.5"], True),
-    "both: identity": ("both", 1, ["--depth=identity", FRESH], True),
-    "width, optimizer grown": ("width", 1, [], True),
-    "width, at half": ("width", 0.5, [FRESH], True),
-    "both: adjacent": ("both", 1, ["--depth=adjacent", FRESH], True),
-    "width, noise 16": ("width", 1, [FRESH, "--noise=16"], True),
-    "width, no noise": ("width", 1, [FRESH, "--noise=0"], True),
+ARMS = {        # name: (what grows, share of the source's schedule done, words for grow.py, warm up again?)
+    "depth: identity": ("depth", 1, ["--depth=identity"], True),
+    "depth: adjacent": ("depth", 1, ["--depth=adjacent"], True),
+    "depth: stack": ("depth", 1, ["--depth=stack"], True),
+    "depth: adjacent, no warmup": ("depth", 1, ["--depth=adjacent"], False),
+    "depth: adjacent, at half": ("depth", 0.5, ["--depth=adjacent"], True),
+    "depth: adjacent, at a quarter": ("depth", 0.25, ["--depth=adjacent"], True),
+    "width": ("width", 1, [], True),
+    "width, no noise": ("width", 1, ["--noise=0"], True),
+    "width, noise 0.5": ("width", 1, ["--noise=0.5"], True),
+    "width, noise 4": ("width", 1, ["--noise=4"], True),
+    "width, noise 16": ("width", 1, ["--noise=16"], True),
+    "width, at half": ("width", 0.5, [], True),
+    "both: identity": ("both", 1, ["--depth=identity"], True),
+    "both: adjacent": ("both", 1, ["--depth=adjacent"], True),
 }
+GONE = ("depth: middle", "depth: adjacent, optimizer grown", "depth: adjacent, optimizer grown, no warmup",
+        "width, optimizer grown")           # measured before grow.py lost these two options
 CURVES = ("depth: identity", "width", "both: identity")     # those drawn whole
 
 
@@ -73,19 +70,19 @@ def run(name, shape, seed, steps, schedule_steps, *words):
     out = f"{OUT}/{name}".replace(" ", "_")
     if last_step(out) < steps:
         train.learning_rate = functools.partial(whole_schedule, schedule_steps)
-        quietly(train.main, f"{OUT}/run.py", f"--seed={seed}", f"--max_steps={steps}", f"--out_dir={out}",
+        quietly(train.start, f"{OUT}/run.py", f"--seed={seed}", f"--max_steps={steps}", f"--out_dir={out}",
                 *(f"--{key}={value}" for key, value in shape.items()), *words)
     if last_step(out) < steps:
         sys.exit("stopped; the same command goes on")
-    model, _ = train.load(f"{out}/run.pt")
+    model, _ = load(f"{out}/run.pt")
     header, *records = study.read(f"{out}/run.jsonl")
-    points = [(r["tokens"] * model.flops_per_token(model.config.block_size), r["val_loss"]) for r in records
-              if "val_loss" in r]
+    flops_per_token = model.flops_per_token(model.config.block_size)
+    points = [(r["tokens"] * flops_per_token, r["val_loss"]) for r in records if "val_loss" in r]
     return points, {key: header[key] for key in ("device", "versions", "commit")}
 
 
 def last_step(out):
-    """How far a run has come, with its evaluation."""
+    """The step of a run's last evaluation; -1: none."""
     return max((r["step"] for r in study.read(f"{out}/run.jsonl") if "val_loss" in r), default=-1)
 
 
@@ -121,79 +118,89 @@ def arm(name, seed):
                 seconds=round(time.time() - began), **machine)
 
 
-def measure():
-    """{(name, seed): record} of all runs, made or read from growth.jsonl."""
+def jobs(_):
     os.makedirs(OUT, exist_ok=True)
     Path(f"{OUT}/run.py").write_text(CONFIG)
     makers = {f"scratch, {steps} steps": functools.partial(scratch, steps) for steps in SCRATCH_STEPS}
     makers |= {name: functools.partial(arm, name) for name in ARMS}
-    keys = {f"{name}, seed {seed}": (name, seed) for name in makers for seed in SEEDS}
-    jobs = {key: functools.partial(makers[name], seed) for key, (name, seed) in keys.items()}
-    return {keys[key]: record for key, record in study.measure(HERE / "growth.jsonl", jobs).items()}
+    return {f"{name}, seed {seed}": functools.partial(makers[name], seed) for name in makers for seed in SEEDS}
+
+
+SCRATCH = [f"scratch, {n} steps" for n in SCRATCH_STEPS]
+
+
+def seeds(done, name):
+    return [done[f"{name}, seed {seed}"] for seed in SEEDS]
+
+
+def mean_points(done, name, key="points"):
+    """(FLOPs, validation loss), the mean over the seeds."""
+    return np.mean([record[key] for record in seeds(done, name)], axis=0).T
+
+
+def scratch_ends(done):
+    """(FLOPs, validation loss) at the ends of the scratch runs, the mean over the seeds."""
+    return np.mean([[record["points"][-1] for record in seeds(done, name)] for name in SCRATCH], axis=1).T
 
 
 def end_losses(done, name):
-    return np.array([done[name, seed]["points"][-1][1] for seed in SEEDS])
+    return np.array([record["points"][-1][1] for record in seeds(done, name)])
+
+
+def flops_from_scratch(done, loss):
+    """The least that training from scratch takes to this loss: at the end of a run, or on the way of the longest.
+
+    log FLOPs are interpolated; nan outside the range.
+    """
+    found = [np.interp(loss, losses[::-1], np.log(flops[::-1]), left=np.nan, right=np.nan)
+             for flops, losses in (scratch_ends(done), mean_points(done, SCRATCH[-1])[:, 1:])]
+    return np.exp(np.nanmin(found, axis=0))
+
+
+def saved(done, name):
+    """% of compute saved, for each seed: (source not counted, source counted)."""
+    cost = np.array([record["points"][-1][0] for record in seeds(done, name)])
+    source = np.array([record["source_flops"] for record in seeds(done, name)])
+    needed = flops_from_scratch(done, end_losses(done, name))
+    return 100 * (1 - cost / needed), 100 * (1 - (cost + source) / needed)
 
 
 def mean_sd(x, form):
     return f"{x.mean():{form}} ± {x.std(ddof=1):{form.lstrip('+')}}"
 
 
-def report(done):
-    """Write the table and the picture."""
-    scratch, arms = [f"scratch, {n} steps" for n in SCRATCH_STEPS], list(ARMS)
-    spent = np.array([done[name, SEEDS[0]]["points"][-1][0] for name in scratch])
-    reached = np.array([end_losses(done, name).mean() for name in scratch])
-    curve = mean_points(done, scratch[-1], "points")[:, 1:]     # of the longest run, on its way
+def tables(done):
+    rows = [(name, "", mean_sd(end_losses(done, name), ".3f"), "", "") for name in SCRATCH]
+    for name in (*ARMS, *GONE):
+        start = np.mean([record["points"][0][1] for record in seeds(done, name)])
+        rows.append((name + " (gone)" * (name in GONE), f"{start:.3f}", mean_sd(end_losses(done, name), ".3f"),
+                     *(f"{mean_sd(x, '+.0f')}%" for x in saved(done, name))))
+    columns = ("run", "val loss just after growing", "at the end", "saved, source not counted",
+               "saved, source counted")
+    return f"{study.table(columns, rows)}\n\nThe runs in width, and those with a curve: {study.provenance(done)}"
 
-    def flops_from_scratch(loss):
-        """The least that training from scratch takes to this loss, by the end of a run or on the way of the longest:
-        log FLOPs interpolated; nan outside the range."""
-        return np.exp(np.nanmin([np.interp(loss, losses[::-1], np.log(flops[::-1]), left=np.nan, right=np.nan)
-                                 for flops, losses in ((spent, reached), curve)], axis=0))
 
-    lines = ["| run | val loss just after growing | at the end | saved, source not counted | saved, source counted |",
-             "|---|---|---|---|---|"]
-    lines += [f"| {name} | | {mean_sd(end_losses(done, name), '.3f')} | | |" for name in scratch]
-    saved = {}
-    for name in arms:
-        records = [done[name, seed] for seed in SEEDS]
-        start = np.mean([r["points"][0][1] for r in records])
-        cost = np.array([r["points"][-1][0] for r in records])
-        source = np.array([r["source_flops"] for r in records])
-        needed = flops_from_scratch(end_losses(done, name))
-        saved[name] = [100 * (1 - flops / needed) for flops in (cost, cost + source)]
-        lines.append(f"| {name} | {start:.3f} | {mean_sd(end_losses(done, name), '.3f')} | "
-                     f"{mean_sd(saved[name][0], '+.0f')}% | {mean_sd(saved[name][1], '+.0f')}% |")
-    study.fill(HERE / "growth.md", "\n".join(lines) + "\n\nThe runs with width, and those with a curve: "
-               + study.provenance(record for record in done.values() if "commit" in record))
-
+def draw(done):
     figure, (left, right) = study.pyplot().subplots(1, 2, figsize=(13, 5.5), layout="constrained")
-    left.plot(*mean_points(done, scratch[-1], "points"), "k-", label=f"from scratch, {SCRATCH_STEPS[-1]} steps")
-    left.plot(spent, reached, "ko", label="from scratch, at the ends of shorter schedules")
+    left.plot(*mean_points(done, SCRATCH[-1]), "k-", label=f"from scratch, {SCRATCH_STEPS[-1]} steps")
+    left.plot(*scratch_ends(done), "ko", label="from scratch, at the ends of shorter schedules")
     for i, name in enumerate(CURVES):
-        source, grown = (mean_points(done, name, key) for key in ("source_points", "points"))
+        source, grown = mean_points(done, name, "source_points"), mean_points(done, name)
         left.plot(*source, "--", color=f"C{i}", lw=1)
         left.plot(grown[0] + source[0][-1], grown[1], color=f"C{i}", label=f"{name}: the source (dashed), then grown")
     left.set(xlabel="training FLOPs, the source's counted", ylabel="validation loss, nats per byte", ylim=(1.65, 3.2))
     left.grid(alpha=0.3)
     left.legend(fontsize=8)
-    y = np.arange(len(arms))[::-1]
+    y = np.arange(len(ARMS))[::-1]
     for counted, words in enumerate(("source not counted", "source counted")):
-        values = [saved[name][counted] for name in arms]
+        values = [saved(done, name)[counted] for name in ARMS]
         right.barh(y + 0.2 - 0.4 * counted, [v.mean() for v in values], 0.38, xerr=[v.std(ddof=1) for v in values],
-                   color=("C0", "C1")[counted], label=words)
+                   color=f"C{counted}", label=words)
     right.axvline(40, color="k", lw=0.8, ls=":")
-    right.set(yticks=y, yticklabels=arms, xlabel="% of compute saved at equal validation loss")
+    right.set(yticks=y, yticklabels=ARMS, xlabel="% of compute saved at equal validation loss")
     figure.legend(*right.get_legend_handles_labels(), fontsize=8, loc="outside lower right", ncols=2)
-    figure.savefig(HERE / "growth.png", dpi=110)
-
-
-def mean_points(done, name, key):
-    """(FLOPs, validation loss), the mean over the seeds."""
-    return np.mean([done[name, seed][key] for seed in SEEDS], axis=0).T
+    return figure
 
 
 if __name__ == "__main__":
-    report(measure())
+    study.main(__file__, __doc__, jobs, tables, draw)
