@@ -50,7 +50,7 @@ from tqdm import tqdm
 from model import GPT, ModelError, alibi_slopes, load, save
 from prepare import Parser
 
-NOISE = 8.0                 # size of E relative to the weights (logs/growth.md)
+NOISE = 8.0                 # size of E relative to the weights (logs/growth/)
 QUERY_NOISE = 0.125         # size of e's weights relative to q's with E: e is then about 0.4 of q
 EXACT = 1e-10               # largest change of a logit in float64, relative to the largest logit
 SIZES = {"n_layer": "layers", "n_embd": "width", "n_head": "heads; by default as many as keep their size",

@@ -388,7 +388,7 @@ def evaluate(model, sources, batch_size, autocast):
 # ---- The machine
 def keep_memory():
     """Let glibc keep freed memory: on a CPU each step allocates the same activations again, and fetching them
-    from the kernel can cost more than the arithmetic. The process keeps its peak (logs/bench-cpu.md)."""
+    from the kernel can cost more than the arithmetic. The process keeps its peak (logs/speed/)."""
     M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8
     if platform.libc_ver()[0] == "glibc":       # never trim, grow by 64 MiB, map no single block, one heap
         for key, value in ((M_TRIM_THRESHOLD, -1), (M_TOP_PAD, 2**26), (M_MMAP_MAX, 0), (M_ARENA_MAX, 1)):

@@ -1,4 +1,8 @@
-"""What the studies in this folder share: commands run once and kept in a .jsonl, tables written into a .md."""
+"""What the studies here share. NAME/run.py names its jobs; each is done once and kept as a line of NAME/runs.jsonl.
+
+From these lines come the tables in NAME/README.md, between the two marks, and NAME/curve.png.
+"""
+import argparse
 import json
 import subprocess
 import sys
@@ -6,14 +10,56 @@ from pathlib import Path
 
 import numpy as np
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
+ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 START, END = "<!-- measured -->", "<!-- to here -->"
 
 
+def main(file, doc, jobs, tables, draw=None):
+    """The command line of a study, run from the repository's folder.
+
+    jobs: args -> {name: function that returns a record}; tables: {name: record} -> the README's tables;
+    draw: {name: record} -> the figure.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--report", action="store_true", help="run nothing, only make the tables and the picture")
+    parser.add_argument("--eval_data", metavar="DIR", help="folder of the test sets; default: downloaded once")
+    args = parser.parse_args()
+    folder = Path(file).resolve().parent
+    if not args.report:
+        measure(folder, jobs(args))
+    done = records(folder)
+    fill(folder / "README.md", tables(done))
+    if draw:
+        draw(done).savefig(folder / "curve.png", dpi=110)
+
+
+def measure(folder, jobs):
+    """Do what runs.jsonl does not have yet; after Ctrl-C or a kill the same command goes on."""
+    left = [name for name in jobs if name not in records(folder)]
+    for i, name in enumerate(left):
+        print(f"{len(left) - i} of {len(jobs)} left; now {name}", flush=True)
+        record = dict(name=name, **jobs[name]())
+        with open(folder / "runs.jsonl", "a") as f:
+            f.write(json.dumps(record) + "\n")
+
+
+def records(folder):
+    return {record["name"]: record for record in read(folder / "runs.jsonl")}
+
+
+def read(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()] if Path(path).exists() else []
+
+
+def fill(readme, text):
+    """Put text between the marks."""
+    head, _, rest = readme.read_text().partition(START)
+    readme.write_text(f"{head}{START}\n{text}\n{END}{rest.partition(END)[2]}")
+
+
 def run(*words):
-    """python WORDS, from the folder where the study was started."""
+    """python WORDS"""
     words = [str(word) for word in words]
     print("$ python", *words, flush=True)
     status = subprocess.run([sys.executable, str(ROOT / words[0]), *words[1:]]).returncode
@@ -22,55 +68,35 @@ def run(*words):
 
 
 def train(config, out_dir, *words, script="train.py"):
-    """A run of train.py and what came of it: the first line of its log, its curves, and its last evaluation."""
+    """The record of a run of train.py: the first line of its log, its curves, and its last evaluation."""
     run(*script.split(), config, f"--out_dir={out_dir}", *words)
-    log = read(Path(out_dir) / f"{Path(config).stem}.jsonl")
-    losses = {key: [(r["tokens"], r[key]) for r in log if key in r] for key in ("loss", "val_loss")}
+    header, *log = read(Path(out_dir) / f"{Path(config).stem}.jsonl")
     steps = [r for r in log if "loss" in r]
-    seconds = sum((r["tokens"] - before) / r["tokens_per_second"]
-                  for before, r in zip([0, *(r["tokens"] for r in steps)], steps))
+    evaluations = [r for r in log if "val_loss" in r]
+    if evaluations[-1]["step"] < steps[-1]["step"]:     # train.py was stopped and has saved
+        sys.exit("stopped; the same command goes on")
+    starts = [0, *(r["tokens"] for r in steps)]
+    seconds = sum((r["tokens"] - start) / r["tokens_per_second"] for start, r in zip(starts, steps))
     return dict(command=" ".join(map(str, (script, config, *words))), seconds=round(seconds),
-                **{key: log[0][key] for key in ("parameters", "dtype", "device", "versions", "commit")}, **losses,
-                last={**steps[-1], **[r for r in log if "val_loss" in r][-1]})
-
-
-def read(path):
-    return [json.loads(line) for line in Path(path).read_text().splitlines()] if Path(path).exists() else []
-
-
-def measure(path, jobs):
-    """{name: record} of the jobs, {name: function}, each made once and then read from path, a .jsonl."""
-    done = {record["name"]: record for record in read(path)}
-    left = [name for name in jobs if name not in done]
-    for i, name in enumerate(left):
-        print(f"{len(left) - i} of {len(jobs)} left; now {name}", flush=True)
-        done[name] = dict(name=name, **jobs[name]())
-        with open(path, "a") as f:
-            f.write(json.dumps(done[name]) + "\n")
-    return {name: done[name] for name in jobs}
-
-
-def fill(path, text):
-    """Put text between the markers of a .md."""
-    head, _, tail = path.read_text().partition(START)
-    path.write_text(f"{head}{START}\n{text}\n{END}{tail.partition(END)[2]}")
+                **{key: header[key] for key in ("parameters", "dtype", "device", "versions", "commit")},
+                loss=[(r["tokens"], r["loss"]) for r in steps],
+                val_loss=[(r["tokens"], r["val_loss"]) for r in evaluations],
+                last={**steps[-1], **evaluations[-1]})
 
 
 def table(columns, rows):
     return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (columns, ["---"] * len(columns), *rows))
 
 
-def provenance(records):
-    """One line: what it ran on, from which commit, for how long."""
-    records = list(records)
-    versions = ", ".join(f"{name} {version}" for name, version in records[0]["versions"].items())
-    commits = ", ".join(sorted({record["commit"] or "none" for record in records}))
-    return (f"Device {records[0]['device']}, {versions}, commit {commits}; "
-            f"{sum(record['seconds'] for record in records) / 60:.0f} minutes of training.")
+def provenance(done):
+    """One line: what it ran on, and for how long. The commits are in runs.jsonl."""
+    made = [record for record in done.values() if "versions" in record]
+    versions = ", ".join(f"{name} {version}" for name, version in made[0]["versions"].items())
+    return f"{made[0]['device']}, {versions}; {sum(record['seconds'] for record in made) / 60:.0f} minutes of training."
 
 
 def pyplot():
-    import matplotlib
+    import matplotlib       # here, for it is slow to import
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     return plt

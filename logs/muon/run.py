@@ -1,60 +1,35 @@
-"""Muon beside AdamW at the quickstart's shape: makes runs.jsonl and curve.png here, and prints the tables of README.md.
+"""Muon beside AdamW at the quickstart's shape.
 
     python prepare.py python --out data/python --tokenizer bytes
-    python logs/muon/run.py                 every run that is not yet in runs.jsonl
-    python logs/muon/run.py --time          the seconds of a step, both optimizers in turns
-    python logs/muon/run.py --report        only the tables and the curve
-
-Every run goes through train.py; after Ctrl-C or a kill the same command goes on.
+    python logs/muon/run.py
 """
-import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent.parent
-sys.path.insert(0, str(ROOT))
-RUNS = HERE / "runs.jsonl"
-DATA, OUT = "data/python", "out/muon"
-STEPS = 300
-RATES = {"adamw": (2e-3, 1e-3, 4e-3), "muon": (4e-3, 8e-3, 2e-3)}     # the likeliest first
-SEEDS = (1, 2, 3)
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import study        # noqa: E402
 
-
-def jobs():
-    for seed in SEEDS:
-        for i in range(3):
-            for optimizer, rates in RATES.items():
-                yield optimizer, rates[i], seed
-
-
-def read(path):
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def add(record):
-    with open(RUNS, "a") as f:
-        f.write(json.dumps(record) + "\n")
+OUT, STEPS = "out/muon", 360
+RATES = {"muon": (6e-3, 3e-3, 1.2e-2), "adamw": (2e-3, 1e-3, 4e-3)}         # the likeliest first
+SEEDS = (1337, 1, 2)
 
 
 def train(optimizer, rate, seed):
-    out = f"{OUT}/{optimizer}-{rate}-{seed}"
+    out = Path(f"{OUT}/{optimizer}-{rate:g}-{seed}")
     words = [f"--optimizer={optimizer}", f"--learning_rate={rate}", f"--min_lr={rate / 10}", f"--max_steps={STEPS}",
-             f"--seed={seed}", f"--out_dir={out}", f"--data={DATA}", "--dtype=float32", "--adamw_lr=none",
-             "--eval_interval=50", "--save_interval=25"]
-    if subprocess.run([sys.executable, ROOT / "train.py", ROOT / "configs/quickstart.py", *words]).returncode:
-        sys.exit("a run failed; the same command goes on")
-    header, *log = read(Path(out) / "quickstart.jsonl")
-    if log[-1]["step"] < STEPS:
+             f"--seed={seed}", f"--out_dir={out}", "--dtype=float32", "--eval_interval=60", "--save_interval=30"]
+    study.run("train.py", "configs/quickstart.py", *words)
+    header, *log = study.read(out / "quickstart.jsonl")
+    if log[-1]["step"] < STEPS or "val_loss" not in log[-1]:
         sys.exit("stopped; the same command goes on")
     curve = [(r["step"], r["val_loss"], r["bits_per_byte"]) for r in log if "val_loss" in r]
-    add(dict(optimizer=optimizer, rate=rate, seed=seed, steps=STEPS, curve=curve, versions=header["versions"],
-             commit=header["commit"]))
+    speed = statistics.median(r["tokens_per_second"] for r in log if "loss" in r)
+    return dict(optimizer=optimizer, rate=rate, seed=seed, steps=STEPS, curve=curve, tokens_per_second=speed,
+                **{key: header[key] for key in ("device", "versions", "commit")})
 
 
 def seconds_per_step(rounds=10):
@@ -64,12 +39,10 @@ def seconds_per_step(rounds=10):
     from model import GPT, GPTConfig
     from train import Config, keep_memory, make_optimizer, train_step
     keep_memory()
-    steps = {}
+    steps, seconds, scaler = {}, {}, torch.amp.GradScaler("cpu", enabled=False)
     for optimizer in RATES:
-        torch.manual_seed(0)
         model = GPT(GPTConfig(block_size=256, vocab_size=257, n_layer=4, n_head=4, n_embd=256, bias=False, pos="alibi"))
-        steps[optimizer] = model, make_optimizer(model, Config(optimizer=optimizer, learning_rate=1e-3))
-    scaler, seconds = torch.amp.GradScaler("cpu", enabled=False), {optimizer: [] for optimizer in RATES}
+        steps[optimizer], seconds[optimizer] = (model, make_optimizer(model, Config(optimizer=optimizer))), []
     rows = torch.randint(0, 257, (16, 257))
     for _ in range(rounds + 2):
         for optimizer, (model, optimizers) in steps.items():
@@ -77,51 +50,38 @@ def seconds_per_step(rounds=10):
             train_step(model, optimizers, rows, 16, nullcontext(), 1.0, scaler)
             seconds[optimizer].append(time.perf_counter() - began)
     medians = {optimizer: statistics.median(times[2:]) for optimizer, times in seconds.items()}
-    add(dict(seconds=medians, threads=torch.get_num_threads(), versions=dict(torch=torch.__version__)))
+    return dict(seconds=medians, threads=torch.get_num_threads(), versions=dict(torch=torch.__version__))
 
 
-def report():
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    records = read(RUNS)
-    runs, times = [r for r in records if "curve" in r], [r for r in records if "seconds" in r]
-    ratio = times[-1]["seconds"]["muon"] / times[-1]["seconds"]["adamw"] if times else None
-    if times:
-        print(f"a step: {times[-1]['seconds']['adamw']:.3f} s with AdamW, {times[-1]['seconds']['muon']:.3f} s with Muon "
-              f"({ratio:.2f} times), {times[-1]['threads']} threads\n")
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
-    print(f"| optimizer | rate | seeds | val loss after {STEPS} steps | bits per byte |\n|---|---|---|---|---|")
-    for optimizer, color in (("adamw", "C0"), ("muon", "C1")):
-        for rate, style in zip(sorted(RATES[optimizer]), (":", "-", "--")):
-            group = [r for r in runs if (r["optimizer"], r["rate"]) == (optimizer, rate)]
-            if group:
-                losses, bits = ([r["curve"][-1][k] for r in group] for k in (1, 2))
-                spread = f" ± {statistics.stdev(losses):.3f}" if len(group) > 1 else ""
-                print(f"| {optimizer} | {rate:g} | {', '.join(str(r['seed']) for r in group)} | "
-                      f"{statistics.mean(losses):.4f}{spread} | {statistics.mean(bits):.4f} |")
-            for i, r in enumerate(group):
-                steps, _, bits = zip(*r["curve"][1:])
-                label = f"{optimizer}, {rate:g}" if i == 0 else None
-                axes[0].plot(steps, bits, style, color=color, label=label, lw=1)
-                if ratio:
-                    cost = ratio if optimizer == "muon" else 1
-                    axes[1].plot([step * cost for step in steps], bits, style, color=color, lw=1)
-    axes[0].set(xlabel="steps", ylabel="validation bits per byte")
-    axes[1].set(xlabel="time, in steps of AdamW")
-    axes[0].legend()
-    for ax in axes:
-        ax.grid(alpha=0.3)
-    figure.savefig(HERE / "curve.png", dpi=120)
+def jobs(_):
+    runs = {f"{optimizer}, {rate:g}, seed {seed}": partial(train, optimizer, rate, seed)
+            for seed in SEEDS for rates in zip(*RATES.values()) for optimizer, rate in zip(RATES, rates)}
+    return runs | {"seconds of a step": seconds_per_step}
+
+
+def tables(done):
+    rows = [(r["optimizer"], f"{r['rate']:g}", r["seed"], *(f"{bits:.3f}" for _, _, bits in r["curve"][1:]),
+             f"{r['tokens_per_second']:,.0f}") for r in done.values() if "curve" in r]
+    after = [f"{step} steps" for step in range(60, STEPS + 1, 60)]
+    text = study.table(("optimizer", "rate", "seed", *after, "median tokens/s"), rows)
+    if timed := done.get("seconds of a step"):
+        text += "\n\nA step, both optimizers in turns in one process: " + ", ".join(
+            f"{seconds:.3f} s with {optimizer}" for optimizer, seconds in timed["seconds"].items()) + "."
+    return text
+
+
+def draw(done):
+    figure, axes = study.pyplot().subplots(figsize=(7, 4.5), layout="constrained")
+    for record in done.values():
+        if "curve" in record:
+            steps, _, bits = zip(*record["curve"][1:])
+            axes.plot(steps, bits, "o-", ms=3, color="C0" if record["optimizer"] == "muon" else "C1",
+                      label=record["name"])
+    axes.set(xlabel="steps of 4,096 tokens", ylabel="validation bits per byte")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
 
 
 if __name__ == "__main__":
-    if "--time" in sys.argv:
-        seconds_per_step()
-    elif "--report" not in sys.argv:
-        done = {(r["optimizer"], r["rate"], r["seed"]) for r in read(RUNS) if "curve" in r}
-        for job in jobs():
-            if job not in done:
-                print("now", *job, flush=True)
-                train(*job)
-    report()
+    study.main(__file__, __doc__, jobs, tables, draw)

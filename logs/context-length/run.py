@@ -1,26 +1,26 @@
-"""Fine-tuning on WikiText-2 at contexts of 256, 512 and 1024: makes context-length.md, .jsonl and .png.
+"""Fine-tuning on WikiText-2 at contexts of 256, 512 and 1024.
 
     python prepare.py wikitext-2 --out data/wikitext-2
     python prepare.py python --out data/python-gpt2
     python prepare.py state_union.jsonl shakespeare --out data/english
-    python logs/context-length.py
+    python logs/context-length/run.py
 
-state_union.jsonl: the State of the Union addresses of NLTK's corpus, {"text": ...} a line. Goes on where it was
-stopped.
+state_union.jsonl: the State of the Union addresses of NLTK's corpus, {"text": ...} a line.
 """
 import math
+import sys
 from functools import partial
 from pathlib import Path
 
-import study
-from study import HERE
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import study                        # noqa: E402
 
-from prepare import open_data
+from prepare import open_data       # noqa: E402
 
 OUT = Path("out/context-length")
 SIZES = {"small": (2, 2, 32), "medium": (4, 2, 64), "large": (4, 4, 128)}       # n_layer, n_head, n_embd
 CONTEXTS = (256, 512, 1024)
-ARMS = {        # words for the table and the run: rate, sizes, tokens of a step (None: 8 sequences)
+ARMS = {        # rate, sizes, tokens of a step (None: 8 sequences)
     "5e-05": (5e-5, tuple(SIZES), None),                # the report's
     "0.001": (1e-3, ("medium",), None),                 # a rate at which these models learn
     "0.001, 8192 a step": (1e-3, ("medium",), 8192),
@@ -62,51 +62,61 @@ def run_name(arm, size, context):
     return f"{size}-{context}-{arm.replace(', ', '-').replace(' ', '-')}"
 
 
-def main():
+def jobs(_):
     OUT.mkdir(parents=True, exist_ok=True)
     (OUT / "pretrain.py").write_text(PRETRAIN)
     n_tokens = sum(map(len, open_data("data/wikitext-2", "train")[0]["data/wikitext-2"]))
-    jobs = {size: partial(pretrain, size) for size in SIZES}
+    found = {size: partial(pretrain, size) for size in SIZES}
     for arm, (_, sizes, _) in ARMS.items():
-        jobs |= {f"{size}, {context}, {arm}": partial(fine_tune, arm, size, context, n_tokens)
-                 for size in sizes for context in CONTEXTS}
-    report(study.measure(HERE / "context-length.jsonl", jobs))
+        found |= {f"{size}, {context}, {arm}": partial(fine_tune, arm, size, context, n_tokens)
+                  for size in sizes for context in CONTEXTS}
+    return found
 
 
-def report(done):
+def title(arm):
+    step_tokens = ARMS[arm][2]
+    return f"rate {arm.split(',')[0]}, " + (f"{step_tokens:,} tokens a step" if step_tokens else "batches of 8")
+
+
+def tables(done):
     columns = ("context", "model", "val loss before", "train loss", "val loss", "val ppl", "adj val ppl", "best epoch",
                "run")
     text = []
-    plt = study.pyplot()
-    figure, (left, *panels) = plt.subplots(1, 1 + len(ARMS), figsize=(17, 4.5), layout="constrained")
-    for (arm, (_, sizes, step_tokens)), panel in zip(ARMS.items(), panels):
-        words = f"rate {arm.split(',')[0]}, " + (f"{step_tokens:,} tokens a step" if step_tokens else "batches of 8")
+    for arm, (_, sizes, _) in ARMS.items():
         rows = []
         for size in sizes:
-            records = [done[f"{size}, {context}, {arm}"] for context in CONTEXTS]
-            for context, record in zip(CONTEXTS, records):
+            for context in CONTEXTS:
+                record = done[f"{size}, {context}, {arm}"]
                 last, best = record["last"], min(record["val_loss"], key=lambda point: point[1])
                 rows.append((context, f"{size}, {record['parameters'] / 1e6:.1f}M", f"{record['val_loss'][0][1]:.3f}",
                              f"{last['loss']:.3f}", f"{last['val_loss']:.3f}", f"{math.exp(last['val_loss']):.2f}",
                              f"{last['word_perplexity']:.2f}", f"{EPOCHS * best[0] / last['tokens']:.2f}",
                              run_name(arm, size, context)))
-            color = f"C{list(SIZES).index(size)}"
-            panel.plot(CONTEXTS, [r["val_loss"][0][1] for r in records], "o:", color=color, label=f"{size}, before")
-            panel.plot(CONTEXTS, [r["last"]["val_loss"] for r in records], "o-", color=color, label=f"{size}, after")
-        text += [f"{words[0].upper()}{words[1:]}:", "", study.table(columns, rows), ""]
-        panel.set(title=words, xlabel="context", ylabel="validation loss, nats per token", xscale="log",
-                  xticks=CONTEXTS, xticklabels=CONTEXTS)
+        text += [f"{title(arm).capitalize()}:", "", study.table(columns, rows), ""]
+    return "\n".join(text) + "\n" + study.provenance(done)
+
+
+def draw(done):
+    plt = study.pyplot()
+    figure, (left, *panels) = plt.subplots(1, 1 + len(ARMS), figsize=(17, 4.5), layout="constrained")
     for context, color in zip(CONTEXTS, ("C3", "C4", "C5")):
         study.curves(left, done[f"medium, {context}, 0.001"], f"medium, {context}", color)
     left.set(title="rate 0.001, batches of 8", xlabel="tokens of WikiText-2", yscale="log",
              ylabel="perplexity: training (lines), validation (dots)")
+    for (arm, (_, sizes, _)), panel in zip(ARMS.items(), panels):
+        for size in sizes:
+            records = [done[f"{size}, {context}, {arm}"] for context in CONTEXTS]
+            color = f"C{list(SIZES).index(size)}"
+            panel.plot(CONTEXTS, [r["val_loss"][0][1] for r in records], "o:", color=color, label=f"{size}, before")
+            panel.plot(CONTEXTS, [r["last"]["val_loss"] for r in records], "o-", color=color, label=f"{size}, after")
+        panel.set(title=title(arm), xlabel="context", ylabel="validation loss, nats per token", xscale="log",
+                  xticks=CONTEXTS, xticklabels=CONTEXTS)
     for panel in (left, *panels):
         panel.minorticks_off()
         panel.grid(alpha=0.3, which="both")
         panel.legend(fontsize=7)
-    figure.savefig(HERE / "context-length.png", dpi=110)
-    study.fill(HERE / "context-length.md", "\n".join(text) + "\n" + study.provenance(done.values()))
+    return figure
 
 
 if __name__ == "__main__":
-    main()
+    study.main(__file__, __doc__, jobs, tables, draw)
