@@ -71,12 +71,12 @@ def torch_attention(slopes):
     return attention
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("T, D, H, hopper", [(1, 64, 3, False), (77, 80, 2, False), (130, 128, 1, False),
-                                             (140, 32, 1, True)])
+@pytest.mark.parametrize("dtype, T, D, H", [
+    (torch.float32, 1, 64, 3), (torch.float32, 77, 80, 2), (torch.float32, 40, 128, 1), (torch.float32, 140, 32, 1),
+    (torch.bfloat16, 1, 64, 3), (torch.bfloat16, 77, 80, 2), (torch.bfloat16, 130, 128, 1), (torch.bfloat16, 140, 32, 1)])
 @pytest.mark.parametrize("alibi", [True, False])
-def test_attention(T, D, H, hopper, alibi, dtype, monkeypatch):
-    monkeypatch.setattr(m, "is_hopper", lambda x: hopper)      # its tiles are larger
+def test_attention(dtype, T, D, H, alibi, monkeypatch):
+    monkeypatch.setattr(m, "is_hopper", lambda x: D == 32)      # its tiles are larger
     torch.manual_seed(T)
     q, k, v = torch.randn(3, 1, H, T, D).to(dtype)
     slopes = m.alibi_slopes(H) if alibi else None
@@ -87,21 +87,25 @@ def test_attention(T, D, H, hopper, alibi, dtype, monkeypatch):
 def test_attention_of_one_projection():
     """The packed form, each part of its gradient where it belongs, whatever the memory order of its input."""
     torch.manual_seed(0)
-    qkv = torch.randn(2, 40, 3 * 3 * 32, requires_grad=True)
-    q, k, v = qkv.view(2, 40, 3, 3, 32).permute(2, 0, 3, 1, 4)
-    y, dy = m.attention(q, k, v, m.alibi_slopes(3)).transpose(1, 2).reshape(2, 40, 96), torch.randn(2, 40, 96)
-    dqkv, = torch.autograd.grad(y, qkv, dy)
-    for packed in (qkv, qkv.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()):
-        y2 = m.attention_qkv(packed, 3, m.alibi_slopes(3))
-        assert torch.equal(y2, y) and torch.equal(torch.autograd.grad(y2, packed, dy)[0], dqkv)
+    qkv, slopes, dy = torch.randn(2, 18, 3 * 3 * 16), m.alibi_slopes(3), torch.randn(2, 18, 48)
+
+    def packed(qkv):
+        return m.attention_qkv(qkv, 3, slopes)
+
+    def plain(qkv):
+        q, k, v = qkv.view(2, 18, 3, 3, 16).permute(2, 0, 3, 1, 4)
+        return torch_attention(slopes)(q, k, v).transpose(1, 2).reshape(2, 18, 48)
+    check(packed, plain, plain, [qkv], [dy], torch.float32)
+    other_order = qkv.transpose(0, 1).contiguous().transpose(0, 1)
+    assert all(map(torch.equal, results(packed, [other_order], [dy]), results(packed, [qkv], [dy])))
 
 
 def test_grid_covers_every_head_once(monkeypatch):
     """Heads in groups that share the cache: with room for 2 of 6 heads the result is the same."""
     torch.manual_seed(0)
-    qkv = torch.randn(2, 40, 3 * 3 * 16)
+    qkv = torch.randn(2, 8, 3 * 3 * 16)
     y = m.attention_qkv(qkv, 3)
-    monkeypatch.setattr(m, "CACHED", 2 * 2 * 40 * 16 * 4)
+    monkeypatch.setattr(m, "CACHED", 2 * 2 * 8 * 16 * 4)
     assert torch.equal(m.attention_qkv(qkv, 3), y)
 
 
@@ -109,24 +113,24 @@ def test_grid_covers_every_head_once(monkeypatch):
 def test_attention_of_extreme_scores(dtype):
     """Scores around +-1e4, and rows that are constant or zero: no overflow, no NaN, still the softmax."""
     torch.manual_seed(0)
-    q, k, v = (100 * torch.randn(3, 1, 2, 70, 32)).to(dtype)
+    q, k, v = (100 * torch.randn(3, 1, 1, 70, 32)).to(dtype)
     q[:, :, 10], k[:, :, 20], q[:, :, 30:33], k[:, :, 40:50] = 0, 0, 77, -77
-    slopes = m.alibi_slopes(2)
+    slopes = m.alibi_slopes(1)
     exact = torch_attention(slopes)(q.double(), k.double(), v.double())
     theirs = (torch_attention(slopes)(q, k, v).double() - exact).abs().max()
-    y, dq, dk, dv = results(lambda *qkv: m.attention(*qkv, slopes), (q, k, v), [torch.randn(1, 2, 70, 32)])
+    y, dq, dk, dv = results(lambda *qkv: m.attention(*qkv, slopes), (q, k, v), [torch.randn(1, 1, 70, 32)])
     assert all(t.isfinite().all() for t in (y, dq, dk, dv))
     assert (y.double() - exact).abs().max() <= 2 * theirs + 1e-3 * exact.abs().max()
 
 
 def test_attention_never_looks_ahead():
     torch.manual_seed(0)
-    q, k, v = torch.randn(3, 1, 2, 100, 32)
-    y = m.attention(q, k, v, m.alibi_slopes(2))
-    for j in (0, 31, 64, 99):
+    q, k, v = torch.randn(3, 1, 1, 70, 32)
+    y = m.attention(q, k, v, m.alibi_slopes(1))
+    for j in (0, 31, 64, 69):
         k2, v2 = k.clone(), v.clone()
-        k2[:, :, j], v2[:, :, j] = torch.randn(2, 1, 2, 32)
-        same = (m.attention(q, k2, v2, m.alibi_slopes(2)) == y).all(-1).all(1)[0]
+        k2[:, :, j], v2[:, :, j] = torch.randn(2, 1, 1, 32)
+        same = (m.attention(q, k2, v2, m.alibi_slopes(1)) == y).all(-1)[0, 0]
         assert same[:j].all() and not same[j:].any()
 
 
@@ -152,6 +156,7 @@ def other_tiles(monkeypatch):
 def test_dropout_mask(p, other_tiles):
     """It drops the rate it says, every head and row its own weights, and no tile size changes it."""
     torch.manual_seed(0)
+    other_tiles(64)
     q, k = torch.zeros(2, 2, 2, 100, 128)
     causal = torch.ones(100, 100).tril().bool()
     kept = weights(q, k, None, p, seed=3) > 0
@@ -165,15 +170,15 @@ def test_dropout_mask(p, other_tiles):
                  (kept[0, 0], (weights(q, k, None, p, seed=4) > 0)[0, 0])):
         both = causal[:a.size(0), :a.size(1)].tril(-1)
         assert abs((a == b)[both].float().mean() - share) < 0.02
-    other_tiles(16)
+    other_tiles(32)
     assert torch.equal(weights(q, k, None, p, seed=3) > 0, kept)
 
 
 @pytest.mark.parametrize("p", [1 / 65536, 0.5])
 def test_dropout_backward_uses_the_same_mask(p):
     torch.manual_seed(0)
-    q, k, v = torch.randn(3, 1, 1, 130, 64)
-    slopes, causal = m.alibi_slopes(1), torch.ones(130, 130).tril().bool()
+    q, k, v = torch.randn(3, 1, 1, 40, 64)
+    slopes, causal = m.alibi_slopes(1), torch.ones(40, 40).tril().bool()
     mask = (weights(q, k, slopes, p, seed=3) != 0) / (1 - round(p * 65536) / 65536)
     assert ((mask > 0) <= causal).all()
 
@@ -182,10 +187,10 @@ def test_dropout_backward_uses_the_same_mask(p):
         return m.attention(q, k, v, slopes, p)
 
     def plain(q, k, v):
-        i = torch.arange(130)
+        i = torch.arange(40)
         s = q @ k.mT / 8 + slopes.to(q.dtype)[:, None, None] * (i - i[:, None])
         return (torch.softmax(s.masked_fill(~causal, -math.inf), -1) * mask.to(q.dtype)) @ v
-    check(ours, plain, plain, (q, k, v), [torch.randn(1, 1, 130, 64)], torch.float32)
+    check(ours, plain, plain, (q, k, v), [torch.randn(1, 1, 40, 64)], torch.float32)
 
 
 # ---- layer_norm
@@ -196,10 +201,10 @@ def test_dropout_backward_uses_the_same_mask(p):
 @pytest.mark.parametrize("bias", [True, False])
 def test_layer_norm(C, bias, dtype):
     torch.manual_seed(C)
-    x, w = (3 * torch.randn(2, 5, C) + 2).to(dtype), torch.randn(C)
+    x, w = (3 * torch.randn(1, 3, C) + 2).to(dtype), torch.randn(C)
     inputs = (x, w, torch.randn(C)) if bias else (x, w)
     check(m.layer_norm, lambda x, w, b=None: F.layer_norm(x, (C,), w.to(x.dtype), None if b is None else b.to(x.dtype)),
-          lambda x, w, b=None: F.layer_norm(x, (C,), w, b), inputs, [torch.randn(2, 5, C)], dtype)
+          lambda x, w, b=None: F.layer_norm(x, (C,), w, b), inputs, [torch.randn(1, 3, C)], dtype)
 
 
 @pytest.mark.parametrize("branch", DTYPES)
@@ -207,7 +212,7 @@ def test_layer_norm(C, bias, dtype):
 def test_layer_norm_adds_the_residual(branch, stream):
     """Every mixture of types; the sum is in the wider one, the norm in the branch's."""
     torch.manual_seed(0)
-    inputs = (torch.randn(6, 200).to(branch), torch.randn(200), torch.randn(200), torch.randn(6, 200).to(stream))
+    inputs = (torch.randn(3, 200).to(branch), torch.randn(200), torch.randn(200), torch.randn(3, 200).to(stream))
     wide = torch.promote_types(branch, stream)
 
     def theirs(x, w, b, r):
@@ -220,7 +225,7 @@ def test_layer_norm_adds_the_residual(branch, stream):
     ours = lambda x, w, b, r: m.layer_norm(x, w, b, residual=r)     # noqa: E731
     y, s = ours(*inputs)
     assert (y.dtype, s.dtype) == (branch, wide)
-    check(ours, theirs, exact, inputs, [torch.randn(6, 200), torch.randn(6, 200)], narrow)
+    check(ours, theirs, exact, inputs, [torch.randn(3, 200), torch.randn(3, 200)], narrow)
 
 
 def test_layer_norm_of_extreme_rows():
@@ -238,10 +243,10 @@ def test_layer_norm_of_extreme_rows():
 @pytest.mark.parametrize("V, vocab_size", [(128, 101), (101, 101), (9000, 8500)])
 def test_linear_cross_entropy(V, vocab_size, dtype, monkeypatch):
     torch.manual_seed(V)
-    x, w = torch.randn(50, 48).to(dtype), (0.3 * torch.randn(V, 48)).to(dtype)
-    targets = torch.randint(0, vocab_size, (50,))
-    targets[::7] = -1
-    monkeypatch.setattr(m, "CHUNK", 16 * V)             # four chunks, the last one short
+    x, w = torch.randn(7, 48).to(dtype), (0.3 * torch.randn(V, 48)).to(dtype)
+    targets = torch.randint(0, vocab_size, (7,))
+    targets[2] = -1
+    monkeypatch.setattr(m, "CHUNK", 3 * V)              # three chunks, the last one short
 
     def loss(x, w, reduction="mean"):
         return F.cross_entropy(F.linear(x, w[:vocab_size]), targets, ignore_index=-1, reduction=reduction)
@@ -250,7 +255,7 @@ def test_linear_cross_entropy(V, vocab_size, dtype, monkeypatch):
     losses = m.linear_cross_entropy(x, w, targets, "none", vocab_size=vocab_size)
     exact = loss(x.double(), w.double(), "none")
     bound = 2 * (loss(x, w, "none") - exact).abs().max() + EPSILON[dtype] * exact.max()
-    assert losses.shape == (50,) and (losses - exact).abs().max() <= bound
+    assert losses.shape == (7,) and (losses - exact).abs().max() <= bound
     with torch.no_grad():                               # no gradients are computed, the mean is the same
         mean = m.linear_cross_entropy(x, w, targets, vocab_size=vocab_size)
     torch.testing.assert_close(mean, losses.sum() / (targets != -1).sum())
@@ -258,11 +263,11 @@ def test_linear_cross_entropy(V, vocab_size, dtype, monkeypatch):
 
 def test_linear_cross_entropy_under_autocast_keeps_the_weight_gradient_in_fp32():
     torch.manual_seed(0)
-    x, w = torch.randn(20, 32).bfloat16(), torch.randn(64, 32, requires_grad=True)
-    m.linear_cross_entropy(x, w, torch.arange(20)).backward()
+    x, w = torch.randn(5, 32).bfloat16(), torch.randn(64, 32, requires_grad=True)
+    m.linear_cross_entropy(x, w, torch.arange(5)).backward()
     assert w.grad.dtype == torch.float32
     exact = w.detach().double().requires_grad_()
-    F.cross_entropy(x.double() @ exact.t(), torch.arange(20)).backward()
+    F.cross_entropy(x.double() @ exact.t(), torch.arange(5)).backward()
     assert (w.grad - exact.grad).abs().max() < 1e-2 * exact.grad.abs().max()
 
 
@@ -288,13 +293,13 @@ def test_losses_without_reduction_have_no_gradient(dtype):
 
 def test_operators_are_registered_as_torch_wants_them():
     """torch.library.opcheck: schema, shapes without data, autograd, and tracing by torch.compile."""
-    qkv = torch.randn(1, 20, 3 * 2 * 32, requires_grad=True)
-    x, w, b = (torch.randn(*shape, requires_grad=True) for shape in ((4, 24), (24,), (24,)))
-    head, targets = torch.randn(30, 24, requires_grad=True), torch.randint(0, 30, (4,))
+    qkv = torch.randn(1, 3, 3 * 1 * 16, requires_grad=True)
+    x, w, b = (torch.randn(*shape, requires_grad=True) for shape in ((2, 24), (24,), (24,)))
+    head, targets = torch.randn(30, 24, requires_grad=True), torch.randint(0, 30, (2,))
     for op, args in (
-            (m.attention_fwd, (qkv, 2, m.alibi_slopes(2), torch.tensor([7]), 0.125)),
-            (m.attention_fwd, (qkv, 2, None, None, 0.0)),
-            (m.layer_norm_fwd, (x, w, b, torch.randn(4, 24, requires_grad=True), 1e-5)),
+            (m.attention_fwd, (qkv, 1, m.alibi_slopes(1), torch.tensor([7]), 0.125)),
+            (m.attention_fwd, (qkv, 1, None, None, 0.0)),
+            (m.layer_norm_fwd, (x, w, b, torch.randn(2, 24, requires_grad=True), 1e-5)),
             (m.layer_norm_fwd, (x, w, None, None, 1e-5)),
             (m.lce, (x, head, targets, torch.tensor(0.25), -1, 28)),
             (m.lce, (x.detach(), head.detach(), targets, None, -1, 28))):
@@ -302,7 +307,7 @@ def test_operators_are_registered_as_torch_wants_them():
 
 
 def test_gradients_that_are_views_are_read_by_their_strides():
-    qkv, x, w = torch.randn(1, 20, 96, requires_grad=True), torch.randn(6, 16, requires_grad=True), torch.randn(16)
+    qkv, x, w = torch.randn(1, 8, 96, requires_grad=True), torch.randn(3, 16, requires_grad=True), torch.randn(16)
     for op, t in ((lambda: m.attention_qkv(qkv, 1), qkv), (lambda: m.layer_norm(x, w), x)):
         y = op()
         grads = [torch.autograd.grad(op(), t, g)[0] for g in (torch.ones(()).expand(y.shape), torch.ones(y.shape))]
@@ -311,12 +316,12 @@ def test_gradients_that_are_views_are_read_by_their_strides():
 
 def small(dropout=0.0, **shape):
     torch.manual_seed(0)
-    return GPT(GPTConfig(block_size=40, vocab_size=70, n_layer=1, n_head=2, n_embd=32, dropout=dropout, **shape))
+    return GPT(GPTConfig(block_size=8, vocab_size=70, n_layer=1, n_head=2, n_embd=32, dropout=dropout, **shape))
 
 
 @pytest.mark.parametrize("shape", [dict(pos="alibi", bias=False), dict(pos="learned")])
 def test_the_model_compiles_without_a_graph_break(shape):
-    model, idx = small(**shape), torch.randint(0, 70, (1, 35))
+    model, idx = small(**shape), torch.randint(0, 70, (1, 5))
     loss = model(idx[:, :-1], idx[:, 1:])
     loss.backward()
     grads = [p.grad.clone() for p in model.parameters()]
@@ -330,7 +335,7 @@ def test_the_model_compiles_without_a_graph_break(shape):
 
 
 def test_dropout_repeats_with_torchs_seed():
-    model, idx = small(0.2, pos="alibi"), torch.randint(0, 70, (1, 35))
+    model, idx = small(0.2, pos="alibi"), torch.randint(0, 70, (1, 5))
     losses = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
@@ -338,10 +343,10 @@ def test_dropout_repeats_with_torchs_seed():
     assert losses[0] == losses[1] != losses[2]
 
 
-@pytest.mark.parametrize("bf16", [False, True])
-def test_training_is_the_same_with_kernels_and_references(bf16, monkeypatch):
-    """20 steps of AdamW on the same batches."""
-    idx, curves = torch.randint(0, 70, (20, 1, 20)), []
+@pytest.mark.parametrize("bf16, steps", [(False, 20), (True, 5)])
+def test_training_is_the_same_with_kernels_and_references(bf16, steps, monkeypatch):
+    """Steps of AdamW on the same batches."""
+    idx, curves = torch.randint(0, 70, (steps, 1, 4)), []
     for use_kernels in (m.use_kernels, lambda x: False):
         monkeypatch.setattr(m, "use_kernels", use_kernels)
         model, losses = small(pos="alibi", bias=False), []

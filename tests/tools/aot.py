@@ -17,11 +17,14 @@ arguments, types and tile sizes it would get, and disassembled. The columns:
 
 Status 1 if a build breaks a rule of `faults` below.
 """
+import io
 import itertools
+import math
 import re
 import subprocess
 import sys
 import tempfile
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
@@ -65,8 +68,10 @@ class Build:
 
     def __getitem__(self, grid):
         def build(*args, **options):
-            name = self.kernel.fn.__name__.removesuffix("_kernel")
-            self.built.append((name, self.kernel.warmup(*args, grid=grid, **options)))
+            name, log = self.kernel.fn.__name__.removesuffix("_kernel"), io.StringIO()
+            with redirect_stdout(log):
+                compiled = self.kernel.warmup(*args, grid=grid, **options)
+            self.built.append((name, compiled, "serialized" in log.getvalue()))
         return build
 
 
@@ -92,19 +97,14 @@ def load_bits(instruction):
 
 
 def figures(compiled):
-    """COLUMNS of a compiled kernel, and whether ptxas serialized Hopper's matrix instructions."""
+    """COLUMNS of a compiled kernel."""
     def tool(*words):
-        result = subprocess.run([BIN / words[0], *words[1:]], capture_output=True, text=True, check=True)
-        return result.stdout + result.stderr
-    with tempfile.TemporaryDirectory() as folder:
-        cubin, ptx = Path(folder, "k.cubin"), Path(folder, "k.ptx")
-        cubin.write_bytes(compiled.asm["cubin"])
-        ptx.write_text(compiled.asm["ptx"])
-        usage = tool("cuobjdump", "--dump-resource-usage", cubin)
-        loop, *others = main_loops(tool("nvdisasm", "-c", cubin))
-        serialized = False
-        if "wgmma" in compiled.asm["ptx"]:          # ptxas says so only as it compiles
-            serialized = "serialized" in tool("ptxas", "-v", "--gpu-name=sm_90a", ptx, "-o", Path(folder, "again"))
+        return subprocess.run([BIN / words[0], *words[1:]], capture_output=True, text=True, check=True).stdout
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        usage = tool("cuobjdump", "--dump-resource-usage", cubin.name)
+        loop, *others = main_loops(tool("nvdisasm", "-c", cubin.name))
 
     def count(pattern):
         return sum(bool(re.search(pattern, i)) for i in loop)
@@ -112,13 +112,15 @@ def figures(compiled):
     loads = [load_bits(i) for i in loop if re.search(r"\bLDG(STS)?\.", i)]
     values = (compiled.metadata.num_warps, compiled.metadata.num_stages,
               *(int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK")), compiled.metadata.shared,
-              len(loop), len(others[0]) if others else None, count(r"MMA\."), count(r"MUFU\.EX2"), count(r"\b(LDS|STS|LDSM|STSM)\b(?!.*RZ, \[RZ\])"),
-              count(r"\bBAR\."), min(loads, default=None), min(waits, default=None))
-    return dict(zip(COLUMNS, values)), serialized
+              len(loop), len(others[0]) if others else None, count(r"MMA\."), count(r"MUFU\.EX2"),
+              count(r"\b(LDS|STS|LDSM|STSM)\b(?!.*RZ, \[RZ\])"), count(r"\bBAR\."),
+              min(loads, default=None), min(waits, default=None))
+    return dict(zip(COLUMNS, values))
 
 
 def faults(name, arch, row, serialized):
-    """What a build must not do, as words."""
+    """What a build must not do, as words. `serialized`: ptxas had Hopper's matrix instructions wait."""
+    most = MOST.get((name, arch), math.inf) * max(1, row["exp2"])
     attention, pipelined = name.startswith("attention"), row["stages"] > 1
     matrix_on_registers = attention and arch == 90 and pipelined
     rules = {
@@ -128,7 +130,7 @@ def faults(name, arch, row, serialized):
         "waits for the load it has just started": attention and pipelined and row["ahead"] == 0,
         "narrow loads": row["loads"] < (128 if name == "cross_entropy" else 32),
         "moves data between threads": matrix_on_registers and (row["barriers"] > 2 or row["smem"] > 16),
-        "more instructions than before": (pipelined or not attention) and row["loop"] > MOST.get((name, arch), 10**6) * max(1, row["exp2"]),
+        "more instructions than before": (pipelined or not attention) and row["loop"] > most,
     }
     return [words for words, broken in rules.items() if broken]
 
@@ -159,13 +161,15 @@ def builds(arch, cases):
     """(kernel, case, figures, faults) of each build."""
     built = []
     driver.set_active(Absent(arch))
+    triton.knobs.compilation.always_compile = True      # ptxas says what it serialized only as it compiles
+    triton.knobs.nvidia.dump_ptxas_log = True
     m.use_kernels, m.is_hopper = lambda x: True, lambda x: arch == 90
     for name in [name for name in vars(m) if name.endswith("_kernel")]:
         setattr(m, name, Build(getattr(m, name), built))
     for function, *case in cases:
         label = function(*case)
-        for name, compiled in built:
-            row, serialized = figures(compiled)
+        for name, compiled, serialized in built:
+            row = figures(compiled)
             yield name, label, row, faults(name, arch, row, serialized)
         built.clear()
 
