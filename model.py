@@ -456,8 +456,8 @@ def tiles(qkv, D, dropout):
     """
     wide = D > 64
     if qkv.dtype == torch.float32:
-        return dict(fwd=(16, 16, 8, 1) if wide else (32, 16, 4, 1), dq=(16, 16, 8, 1) if wide else (32, 32, 4, 1),
-                    dkdv=(16, 16, 4, 1))
+        return dict(fwd=(16, 16, 8, 1) if wide else (32, 16, 4, 1),
+                    dq=(16, 16, 8, 1) if wide else (32, 32, 4, 1), dkdv=(16, 16, 4, 1))
     if not is_hopper(qkv):
         return dict(fwd=(128, 32, 8, 3) if wide else (64, 64, 4, 3), dq=(64, 32, 4, 3),
                     dkdv=(32, 32, 4, 3) if dropout else (32, 64, 8, 3))
