@@ -51,7 +51,7 @@ from tqdm import tqdm
 EOT = "<|endoftext|>"
 DOWNLOADS = Path("data/raw")
 PIECE = 2**24           # a longer document is handled in pieces of so many bytes
-GROUP = 2**23           # bytes of text that a worker takes at once
+GROUP = 2**21           # bytes of text that a worker takes at once
 VERSION = 3             # of the parts in prepare.work; raise it when they come to hold something else
 
 
