@@ -81,12 +81,13 @@ def get_tokenizer(name):
     except OSError:     # every network error of requests, which tiktoken downloads with
         cache = os.environ.get("TIKTOKEN_CACHE_DIR") or os.path.join(tempfile.gettempdir(), "data-gym-cache")
         base = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
-        files = [f"{base}/{file} as {hashlib.sha1(f'{base}/{file}'.encode()).hexdigest()}"
-                 for file in ("vocab.bpe", "encoder.json")]
+        urls = [f"{base}/vocab.bpe", f"{base}/encoder.json"]
+        files = [f"{url} as {hashlib.sha1(url.encode()).hexdigest()}" for url in urls]
         raise DataError(f"no network for GPT-2's vocabulary; put {' and '.join(files)} into {cache}, "
                         "or into a folder that TIKTOKEN_CACHE_DIR names") from None
 
 
+@functools.cache
 def token_bytes(tokenizer):
     """Bytes of text that each token stands for: (n_vocab,) int64, 0 for <|endoftext|>."""
     lengths = [len(tokenizer.decode_single_token_bytes(token)) for token in range(tokenizer.n_vocab)]
@@ -152,10 +153,11 @@ CORPORA = {     # name: a pattern; or [(address, git's hash, cut)] of files to d
     "pile": "hf://datasets/monology/pile-uncopyrighted/train/*.jsonl.zst",
 }
 NOT_PYTHON = {"test", "tests", "idle_test", "__pycache__", "site-packages", "dist-packages"}
-KINDS = {".jsonl": "line", ".ndjson": "line", ".json": "line", ".parquet": "row"}
-TEXT_ENDINGS = (        # what else a folder is searched for
-    ".txt .text .md .markdown .rst .tex .org .html .htm .xml .css .py .pyi .c .h .cc .cpp .hpp .cu .java .js "
-    ".jsx .ts .tsx .go .rs .rb .php .pl .sh .sql .r .jl .lua .scala .kt .swift .cs .hs .ml .el .lisp").split()
+TEXT = (".txt .text .md .markdown .rst .tex .org .html .htm .xml .css .py .pyi .c .h .cc .cpp .hpp .cu .java "
+        ".js .jsx .ts .tsx .go .rs .rb .php .pl .sh .sql .r .jl .lua .scala .kt .swift .cs .hs .ml .el .lisp")
+# by the ending of its name; any other file is text if it is named, and passed over in a folder
+KINDS = dict.fromkeys(TEXT.split(), "text") | {".jsonl": "line", ".ndjson": "line", ".json": "line",
+                                               ".parquet": "row"}
 
 
 @contextmanager
@@ -192,8 +194,8 @@ def ending(path):
     return os.path.splitext(base)[1] if last in (".gz", ".xz", ".bz2", ".zst") else last
 
 
-def find_files(source, passed_over=None):
-    """The Files of a source, in a fixed order. passed_over: a Counter of the endings not read of a folder."""
+def find_files(source, passed_over):
+    """The Files of a source, in a fixed order. passed_over: a Counter of the endings not read in a folder."""
     with one_line_errors(source):
         fs, path = fsspec.core.url_to_fs(source)
         in_folder = not fs.isfile(path) and fs.isdir(path)
@@ -208,12 +210,14 @@ def find_files(source, passed_over=None):
     files = []
     for path in sorted(paths, key=lambda path: path.split("/")):
         last = ending(path)
-        lines = last != ".json" or has_json_lines(fs, path)
-        if not in_folder and not lines:
-            raise DataError(f"{path}: expected a JSON object a line; jq -c '.[]' makes lines of an array")
-        if not in_folder or lines and last in (*KINDS, *TEXT_ENDINGS):
-            files.append(File(fs, path, KINDS.get(last, "text")))
-        elif passed_over is not None:
+        kind = KINDS.get(last, "" if in_folder else "text")
+        if last == ".json" and not has_json_lines(fs, path):
+            kind = ""
+            if not in_folder:
+                raise DataError(f"{path}: expected a JSON object a line; jq -c '.[]' makes lines of an array")
+        if kind:
+            files.append(File(fs, path, kind))
+        else:
             passed_over[last or "no ending"] += 1
     if not files:
         near = difflib.get_close_matches(source, CORPORA, n=1)
@@ -245,7 +249,7 @@ def corpus_files(name):
     if isinstance(place, list):
         paths = [download(folder / os.path.basename(address), address, blob) for address, blob, _ in place]
         return [File(LocalFileSystem(), str(path), "text", cut) for path, (*_, cut) in zip(paths, place)]
-    files = find_files(str(folder) if folder.is_dir() else place)
+    files = find_files(str(folder) if folder.is_dir() else place, Counter())
     if name == "python":
         return [file for file in files if not NOT_PYTHON & set(os.path.relpath(file.path, STDLIB).split("/"))]
     return files
@@ -266,8 +270,8 @@ def download(path, address, digest):
         data = zipfile.ZipFile(io.BytesIO(data)).read(member) if member else data
     except (OSError, zipfile.BadZipFile, KeyError) as e:        # urllib's errors are OSErrors
         raise DataError(f"cannot download {address} ({e}); without a network, put it at {path}") from None
-    blob = b"blob %d\0" % len(data) + data
-    if digest not in (hashlib.sha256(data).hexdigest(), hashlib.sha1(blob).hexdigest()):
+    git_hash = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+    if digest not in (hashlib.sha256(data).hexdigest(), git_hash):
         raise DataError(f"{address} has changed, its hash is not {digest}; if you trust it, put it at {path}")
     write_whole(path, data)
     return path
@@ -375,7 +379,7 @@ def text_of(record, field="text", bad=None):
 
 def texts(source, field="text"):
     """The texts of any source, for other uses than bins. Raises DataError."""
-    for file in find_files(source):
+    for file in find_files(source, Counter()):
         for record in records(0, file, field):
             if text := text_of(record, field):
                 yield text
@@ -633,9 +637,8 @@ def make_part(part, group, options):
         count["characters cut"] += len(text) - sum(map(len, passages))
         count[f"with a literal {EOT}; see --separator"] += record.kind == "text" and EOT in text
         for passage in passages or [""]:            # a row without tokens still begins a document
-            for _, piece, begins, _ in pieces(io.BytesIO(passage.encode())):
-                rows.append(piece.decode())
-                keys.append((record.source, place, first and begins, len(piece), 0, b"", 0))
+            rows.append(passage)
+            keys.append((record.source, place, first, len(passage.encode()), 0, b"", 0))
             first = True
     keys = np.array(keys, KEY)
     if not options["keep_duplicates"]:
@@ -679,28 +682,31 @@ def in_order(function, tasks, workers):
             pool.shutdown(cancel_futures=True)
 
 
+def groups(files, options, bar):
+    """Lists of records with some GROUP bytes in all. They depend on the input and the options alone."""
+    group, size = [], 0
+    for source, file in files:
+        for record in records(source, file, options["field"], options["separator"], bar):
+            group.append(record)
+            size += len(record.data or "")
+            if size >= GROUP:
+                yield group
+                group, size = [], 0
+    if group:
+        yield group
+
+
 def make_parts(files, work, options, workers, bar):
     """Make the parts that are not in the folder work yet. Returns the paths of all, in order."""
     parts = []
 
-    def tasks():        # groups depend on the input and the options alone
-        group, size = [], 0
-        for source, file in files:
-            for record in records(source, file, options["field"], options["separator"], bar):
-                group.append(record)
-                size += len(record.data or "")
-                if size >= GROUP:
-                    yield from missing(group)
-                    group, size = [], 0
-        if group:
-            yield from missing(group)
+    def missing():
+        for group in groups(files, options, bar):
+            parts.append(work / f"{len(parts):08}.npy")
+            if not (parts[-1].exists() and parts[-1].with_suffix(".bin").exists()):
+                yield parts[-1], group, options
 
-    def missing(group):
-        parts.append(work / f"{len(parts):08}.npy")
-        if not parts[-1].exists():
-            yield parts[-1], group, options
-
-    for _ in in_order(make_part, tasks(), workers):
+    for _ in in_order(make_part, missing(), workers):
         pass
     return parts
 
@@ -805,47 +811,50 @@ def decide(parts, repeats, val_fraction):
 # Write: the bins, part after part
 
 
-COUNTS = ("documents", "bytes", "tokens", "duplicates")
-
-
-def write_bins(out, parts, sides, n_sources, eot):
-    """OUT/train.bin.tmp and OUT/val.bin.tmp. Returns COUNTS of each source: (n_sources, 4)."""
-    totals = np.zeros((n_sources, len(COUNTS)), np.int64)
-    last, n_rows, n_documents = {}, 0, 0
-    with open(out / "train.bin.tmp", "wb") as train, open(out / "val.bin.tmp", "wb") as val:
+def write_bins(work, parts, sides, eot):
+    """work/train.bin and work/val.bin."""
+    documents, separate = np.cumsum(column(parts, "first")), np.zeros(len(sides), bool)
+    for side in TRAIN, VAL:     # between two documents stays the <|endoftext|> that every row begins with
+        rows = np.flatnonzero(sides == side)
+        separate[rows[1:]] = np.diff(documents[rows]) > 0
+    at = 0
+    with open(work / "train.bin", "wb") as train, open(work / "val.bin", "wb") as val:
         for part in tqdm(parts, desc="writing", unit="part", delay=3, leave=False):
-            keys, tokens = np.asarray(keys_of(part)), tokens_of(part)
-            side_of, lengths = sides[n_rows:n_rows + len(keys)], keys["tokens"] + 1
-            documents, begins = n_documents + np.cumsum(keys["first"]), np.cumsum(lengths) - lengths
-            n_rows, n_documents = n_rows + len(keys), n_documents + int(keys["first"].sum())
+            lengths, tokens = keys_of(part)["tokens"] + 1, tokens_of(part)
+            rows = slice(at, at + len(lengths))
+            at += len(lengths)
             for side, file in (TRAIN, train), (VAL, val):
-                mine = side_of == side
-                if not mine.any():
-                    continue
-                mask, numbers = np.repeat(mine, lengths), documents[mine]
-                # the <|endoftext|> before a row stays where it stands between two documents
-                mask[begins[mine]] = numbers != np.append(last.get(side, numbers[0]), numbers[:-1])
-                last[side] = numbers[-1]
+                mask = np.repeat(sides[rows] == side, lengths)
+                mask[np.cumsum(lengths) - lengths] &= separate[rows]
                 tokens[mask].tofile(file)
-            stays, first = side_of != LEFT_OUT, keys["first"]
-            repeats = ~stays & (keys["tokens"] > 0)
-            counts = [first & stays, keys["bytes"] * stays, keys["tokens"] * stays, first & repeats]
-            np.add.at(totals, keys["source"], np.stack(counts, axis=1))
         for side, file in (TRAIN, train), (VAL, val):
-            np.full(int(side in last), eot, "<u2").tofile(file)
-    return totals
+            np.full(int((sides == side).any()), eot, "<u2").tofile(file)
 
 
-def halve(out, val_fraction, encoding):
-    """Move the end of the document in OUT/train.bin.tmp to OUT/val.bin.tmp, from a line end if it has one."""
-    path = out / "train.bin.tmp"
-    target = int((1 - val_fraction) * (path.stat().st_size // 2 - 1))
+def count_sources(parts, sides, n_sources):
+    """What became of each source: a Counter each."""
+    source, first, tokens, size = (column(parts, name) for name in ("source", "first", "tokens", "bytes"))
+    stays = sides != LEFT_OUT
+    values = dict(documents=first & stays, bytes=size * stays, tokens=tokens * stays,
+                  duplicates=first & ~stays & (tokens > 0))
+    sums = {name: np.bincount(source, value, n_sources) for name, value in values.items()}
+    counts = [Counter({name: int(total[k]) for name, total in sums.items()}) for k in range(n_sources)]
+    for part in parts:          # and what its workers counted
+        for k, count in counts_of(part).items():
+            counts[int(k)].update(count)
+    return counts
+
+
+def halve(train_bin, val_bin, val_fraction, encoding):
+    """Move the end of the only document in train_bin to val_bin, from a line end if there is one."""
+    target = int((1 - val_fraction) * (train_bin.stat().st_size // 2 - 1))
     near = max(0, target - 2**22)
     last_bytes = [encoding.decode_single_token_bytes(token)[-1:] for token in range(encoding.n_vocab)]
     ends_line = np.array([last == b"\n" for last in last_bytes])
-    after = near + 1 + np.flatnonzero(ends_line[np.fromfile(path, "<u2", target - near, offset=2 * near)])
+    tokens = np.fromfile(train_bin, "<u2", target - near, offset=2 * near)
+    after = near + 1 + np.flatnonzero(ends_line[tokens])
     cut = int(after[-1]) if len(after) else target
-    with open(path, "r+b") as train, open(out / "val.bin.tmp", "wb") as val:
+    with open(train_bin, "r+b") as train, open(val_bin, "wb") as val:
         train.seek(2 * cut)
         shutil.copyfileobj(train, val)
         train.seek(2 * cut)
@@ -866,14 +875,6 @@ def count_bin(path, encoding):
             counts["bytes"] += int(lengths[block].sum(dtype=np.int64))
             sha256.update(block.data)
     return counts | dict(sha256=sha256.hexdigest())
-
-
-def discard(folder):
-    """Delete a folder of parts. A kill on the way leaves none that could be taken for whole."""
-    trash = folder.with_name("trash")
-    shutil.rmtree(trash, ignore_errors=True)
-    os.replace(folder, trash)
-    shutil.rmtree(trash)
 
 
 @contextmanager
@@ -904,7 +905,7 @@ def prepare(sources, out, tokenizer="gpt2", val_fraction=0.05, *, field="text", 
     call goes on where it was killed and never mixes in other work. The bins get their names when both are
     whole, meta.json last. Raises DataError; an earlier run's bins in out are then as they were.
     """
-    out, sources, encoding = Path(out), list(sources), get_tokenizer(tokenizer)
+    out, encoding = Path(out), get_tokenizer(tokenizer)
     for path in [*bins_of(out, "train"), *bins_of(out, "val")]:
         if path.name not in ("train.bin", "val.bin"):
             raise DataError(f"{path}: would be read beside the new bins; move it, or choose another --out")
@@ -915,49 +916,38 @@ def prepare(sources, out, tokenizer="gpt2", val_fraction=0.05, *, field="text", 
     infos = [file.fs.info(file.path) for _, file in files]
     grams = test_grams(options["decontaminate"], eval_data) if decontaminate else None
     # everything that shapes the parts: this program, the options, the input, the test items
-    shape = [VERSION, PIECE, GROUP, unicodedata.unidata_version, options | dict(skip_bad=None),
-             [(k, file.path, file.kind) for k, file in files], infos, sorted(grams.grams) if grams else None]
+    shape = [VERSION, PIECE, GROUP, unicodedata.unidata_version, options | dict(skip_bad=None), infos,
+             [(k, file.path, file.kind) for k, file in files], sorted(grams.grams) if grams else None]
     strict = out / "prepare.work" / hashlib.sha256(repr(shape).encode()).hexdigest()[:16]
     work = strict.with_suffix(".skip_bad") if skip_bad else strict
     size = sum(info.get("size") or 0 for info in infos)
 
     with lock(out / "prepare.lock"), tqdm(total=size, unit="B", unit_scale=True, desc=str(out)) as bar:
-        if skip_bad and strict.exists():        # no part there has text to skip
+        if skip_bad and strict.exists():            # no part there has text to skip
             os.replace(strict, work)
-        for stale in set(work.parent.glob("*")) - {work, work.with_name("trash")}:
-            discard(stale)
-        work.mkdir(parents=True, exist_ok=True)
-        try:
-            parts = make_parts(files, work, options, workers, bar)
-            repeats = [] if keep_duplicates else find_duplicates(parts, tokenizer, workers)
-            sides = decide(parts, repeats, val_fraction)
-            if (sides == LEFT_OUT).all():
-                raise DataError(f"{', '.join(sources)}: no text in it")
-            totals = write_bins(out, parts, sides, len(sources), encoding.eot_token)
-            if not (sides == VAL).any():            # a single document, or equal ones
-                halve(out, val_fraction, encoding)
-            splits = {side: count_bin(out / f"{side}.bin.tmp", encoding) for side in ("train", "val")}
-        except BaseException:
-            for path in out.glob("*.bin.tmp"):
-                path.unlink()
-            if not any(keys_of(part)["tokens"].any() for part in work.glob("*.npy")):
-                discard(work)                       # nothing to go on from
-                work.parent.rmdir()
-            raise
-        counts = [Counter(dict(zip(COUNTS, total.tolist()))) for total in totals]
-        for part in parts:
-            for source, count in counts_of(part).items():
-                counts[int(source)].update(count)
+        for stale in set(work.parent.glob("*")) - {work}:
+            shutil.rmtree(stale)
+        parts = make_parts(files, work, options, workers, bar)
+        repeats = [] if keep_duplicates else find_duplicates(parts, tokenizer, workers)
+        sides = decide(parts, repeats, val_fraction)
+        if (sides == LEFT_OUT).all():
+            shutil.rmtree(work.parent)
+            raise DataError(f"{', '.join(sources)}: no text in it")
+        write_bins(work, parts, sides, encoding.eot_token)
+        bins = {side: work / f"{side}.bin" for side in ("train", "val")}
+        if not (sides == VAL).any():                # a single document, or equal ones
+            halve(*bins.values(), val_fraction, encoding)
+        splits = {side: count_bin(path, encoding) for side, path in bins.items()}
+        counts = count_sources(parts, sides, len(sources))
         meta = dict(tokenizer=tokenizer, vocab_size=encoding.n_vocab, splits=splits,
                     sources=[dict(source=name, **count, passed_over=dict(passed))
                              for name, count, passed in zip(sources, counts, passed_over)],
                     options=options | dict(val_fraction=val_fraction),
                     items_too_short=grams.too_short if grams else 0)
-        for side in splits:
-            os.replace(out / f"{side}.bin.tmp", out / f"{side}.bin")
+        for side, path in bins.items():
+            os.replace(path, out / f"{side}.bin")
         write_whole(out / "meta.json", json.dumps(meta, indent=2))
-        discard(work)
-        work.parent.rmdir()
+        shutil.rmtree(work.parent)
     return meta
 
 

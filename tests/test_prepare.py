@@ -630,7 +630,8 @@ def test_bad_sources(case, tmp_path, existing, refused):
 
 
 @pytest.mark.parametrize("words, named", [
-    (["missing.txt"], "missing.txt"), (["a.zip"], "a.zip"), (["array.json"], "array.json"),
+    (["missing.txt", "--tokenizer=bytes"], "missing.txt"), (["a.zip", "--tokenizer=bytes"], "a.zip"),
+    (["array.json", "--tokenizer=bytes"], "array.json"),
     (["python", "--tokenizer", "bites"], '"bytes"'), (["python", "--tokeniser=bytes"], "--tokenizer"),
     (["openwebtxt", "--tokenizer=bytes"], "openwebtext"), (["python", "--workers=0"], "--workers"),
     (["python", "--workers=inf"], "--workers"), (["python", "--val_fraction=2"], "--val_fraction"),
