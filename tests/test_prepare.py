@@ -342,7 +342,7 @@ def test_tokens_decode_to_the_documents_exact_bytes(texts, tokenizer):
 def test_pieces_join_to_the_documents(texts, size):
     piece, p.PIECE = p.PIECE, size
     try:
-        parts = list(p.pieces(io.BytesIO("||".join(texts).encode()), b"||"))
+        parts = list(p.pieces(io.BytesIO("|||".join(texts).encode()), b"|||"))
     finally:
         p.PIECE = piece
     documents = []
@@ -350,7 +350,7 @@ def test_pieces_join_to_the_documents(texts, size):
         documents += [b""] if first else []
         documents[-1] += data
         data.decode()
-    assert documents == "||".join(texts).encode().split(b"||")
+    assert documents == "|||".join(texts).encode().split(b"|||")
 
 
 @pytest.fixture
