@@ -26,7 +26,8 @@ import model as m
 import prepare
 import train as t
 from model import GPT, GPTConfig
-from train import Blocks, Config, Loader, TrainError, apportion, configure, learning_rate, make_optimizer, train_step
+from train import (Config, Loader, TrainError, apportion, configure, cut, learning_rate, make_optimizer, spread,
+                   train_step)
 
 NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
 TINY_GPT = dict(block_size=16, vocab_size=64, n_layer=2, n_head=2, n_embd=32)
@@ -134,7 +135,7 @@ def test_command_line_wins_over_file_over_defaults(tmp_path):
     ("--bias", ["bias", "bool"]), ("--learning_rate=nan", ["learning_rate", "nan"]), ("--min_lr=inf", ["min_lr", "inf"]),
     ("--max_steps=inf", ["max_steps", "inf"]), ("--seed=4294967296", ["seed"]), ("--seed=1e400", ["seed"]),
     ("--n_layer=0", ["n_layer"]), ("--learning_rate=0", ["learning_rate"]), ("--weight_decay=-1", ["weight_decay"]),
-    ("--optimizer=sgd", ["optimizer", "adamw, adafactor, muon"]), ("--n_embd=33", ["n_embd=33", "n_head=2"]),
+    ("--optimizer=sgd", ["optimizer", "adamw or adafactor or muon"]), ("--n_embd=33", ["n_embd=33", "n_head=2"]),
     ("--pos=rotary", ["pos"]), ("--max_steps=none", ["max_steps, max_tokens or max_epochs"]), ("--data=", ["data"]),
     ("--batch_size=8 --micro_batch_size=3", ["batch_size", "micro_batch_size 3"]), ("--dropout=1.5", ["dropout"]),
     ("--beta2=1", ["beta2"]), ("--adamw_lr=1e-3", ["adamw_lr", "muon"]),
@@ -171,19 +172,19 @@ def test_every_config_of_the_repository_is_valid(path):
 
 
 def one_source():
-    return Loader([Blocks([np.random.RandomState(0).randint(0, 9, 1000).astype(np.uint16)], 16, "x")], [1], 8, 1)
+    return Loader([cut([np.random.RandomState(0).randint(0, 9, 1000).astype(np.uint16)], 16, "x")], [1], 8, 1)
 
 
 def mixture():
     """Three sources whose tokens tell which is which: 40, 3 + 2 (in two bins) and 100 blocks of 16."""
     bins = [[np.full(16 * 40 + 9, 1)], [np.full(16 * 3 + 1, 2), np.full(5, 2), np.full(16 * 2 + 1, 3)],
             [np.full(16 * 100 + 1, 4)]]
-    sources = [Blocks([tokens.astype(np.uint16) for tokens in source], 16, "x") for source in bins]
+    sources = [cut([tokens.astype(np.uint16) for tokens in source], 16, "x") for source in bins]
     return Loader(sources, [3, 1, 2.005], 8, 1)
 
 
 def test_an_epoch_is_a_permutation_and_the_next_one_another():
-    blocks = Blocks([np.arange(10 * 7 + 3, dtype=np.uint16)], 7, "x")
+    blocks = cut([np.arange(10 * 7 + 3, dtype=np.uint16)], 7, "x")
     loader = Loader([blocks], [1], batch_size=5, seed=1)
     batches = torch.cat([loader.batch(step) for step in range(4)])      # 20 samples: two epochs of 10
     starts = batches[:, 0].tolist()
@@ -349,9 +350,9 @@ def test_evaluate_covers_fixed_blocks_once_and_draws_nothing():
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=8, vocab_size=64, n_layer=1, n_head=2, n_embd=16, dropout=0.5))
     tokens = np.random.RandomState(0).randint(0, 64, 8 * 9 + 5).astype(np.uint16)
-    blocks = Blocks([tokens[:41], tokens[40:]], 8, "x")     # two bins: 5 blocks and 4
+    blocks = cut([tokens[:41], tokens[40:]], 8, "x")     # two bins: 5 blocks and 4
     before = torch.random.get_rng_state()
-    every, two = blocks.spread(10**6), blocks.spread(16)
+    every, two = spread(blocks, 10**6), spread(blocks, 2)
     loss, loss_of_two = t.evaluate(model, [every, two], 4, nullcontext())
     assert torch.equal(torch.random.get_rng_state(), before) and model.training
     assert every[:, 1:].ravel().tolist() == tokens[1:73].tolist()
