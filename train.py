@@ -245,6 +245,19 @@ class Loader:
         return torch.from_numpy(np.stack([self.block(first + i) for i in range(share)]).astype(np.int64))
 
 
+def open_sources(config):
+    """(Loader, {source: its validation rows (n, T + 1)}, meta of the data, what identifies it)."""
+    T = config.block_size
+    bins, meta = open_data(config.data, "train")
+    val_bins, val_meta = open_data(config.data, "val")
+    shares = config.data.values() if isinstance(config.data, dict) else [1]
+    loader = Loader([cut(bins[key], T, key) for key in bins], shares, config.batch_size, config.seed)
+    n_rows = math.ceil(config.eval_tokens / T)
+    val_rows = {key: spread(cut(val_bins[key], T, f"{key}/val"), n_rows) for key in bins}
+    data = [meta["fingerprint"][:16], val_meta["fingerprint"][:16], loader.counts.tolist()]
+    return loader, val_rows, meta, data
+
+
 # ---- The step
 def learning_rate(step, config, max_steps):
     """Linear warmup over warmup_steps, then the schedule down to min_lr at max_steps."""
@@ -322,17 +335,23 @@ def train_step(model, optimizers, rows, micro_batch_size, autocast, grad_clip, s
     return loss, norm, stopping > 0
 
 
+@torch.no_grad()
 def evaluate(model, sources, batch_size, autocast):
     """Mean loss in nats per token on each of sources, (n, T + 1) uint16, whose rows the ranks share."""
-    totals = []
+    device, totals = model.wte.weight.device, []
+    model.eval()        # no dropout, so no random number is drawn
     for rows in sources:
-        n, width = rows.shape
-        starts = range(RANK * width, n * width, WORLD * width)
-        totals.append(model.total_loss(rows.ravel(), starts, width - 1, batch_size, autocast))
+        mine = torch.from_numpy(rows[RANK::WORLD].astype(np.int64))                     # (n / WORLD, T + 1)
+        totals.append(0.0)
+        for batch in mine.to(device).split(batch_size) if len(mine) else ():
+            with autocast:
+                losses = model(batch[:, :-1], batch[:, 1:], reduction="none")           # (B, T)
+            totals[-1] += losses.cpu().double().sum().item()
+    model.train()
+    totals = torch.tensor(totals, dtype=torch.float64, device=device)
     if dist.is_initialized():
-        dist.all_reduce(sums := torch.tensor(totals, dtype=torch.float64, device=model.wte.weight.device))
-        totals = sums.tolist()
-    return [total / rows[:, 1:].size for total, rows in zip(totals, sources)]
+        dist.all_reduce(totals)
+    return [total / rows[:, 1:].size for total, rows in zip(totals.tolist(), sources)]
 
 
 # ---- The machine
@@ -357,6 +376,14 @@ def matmul_flops(device, dtype):
     return 2 * n**3 / max(min(seconds), 1e-9)
 
 
+def faster_dtype(device):
+    """The dtype in which this device multiplies matrices fastest; float16 for CUDA without bf16 units."""
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
+    faster = matmul_flops(device, torch.bfloat16) > 1.2 * matmul_flops(device, torch.float32)
+    return "bfloat16" if faster else "float32"
+
+
 def memory(device):
     """The most memory, in bytes, that this process has held at once."""
     if device.type == "cuda":
@@ -373,9 +400,23 @@ def writing(path):
         raise OSError(f"{path}: not written ({str(e).splitlines()[0]}); the same command goes on") from None
 
 
+def environment(device):
+    """What a run ran on. The commit has a + where files differ from it."""
+    git = f"git -C '{sys.path[0]}' describe --always --dirty=+ --exclude='*' --abbrev=12 2>/dev/null"
+    versions = dict(python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else os.uname().machine
+    return dict(device=name, world=WORLD, versions=versions, commit=subprocess.getoutput(git))
+
+
 # ---- The log
 def perplexity(loss):
     return math.exp(min(loss, 50))      # a loss gone wild must not end the run
+
+
+def units(targets, tokenizer):
+    """(bytes, words) of text per token of targets."""
+    n_words = max(1, count_words(targets.ravel(), tokenizer))
+    return token_bytes(tokenizer)[targets].mean(), n_words / targets.size
 
 
 class Log:
@@ -450,8 +491,8 @@ def plan(config, name):
         model = GPT(GPTConfig(config.block_size, vocab_size, **{key: getattr(config, key) for key in SHAPE}))
     steps = config.max_steps or math.ceil((config.max_tokens or tokens) / tokens)
     flops = steps * tokens * model.flops_per_token(config.block_size)
-    print(f"{name} on {gpus} GPUs: {model.num_params() / 1e6:,.1f}M parameters, {steps:,} steps of {tokens:,} "
-          f"tokens, {steps * tokens / 1e9:.1f}B in all, {flops:.2e} FLOPs\n\n"
+    print(f"{name} on {gpus} GPUs: {model.num_params() / 1e6:,.1f}M parameters, {steps:,} steps of "
+          f"{tokens:,} tokens, {steps * tokens / 1e9:.1f}B in all, {flops:.2e} FLOPs\n\n"
           f"| memory per GPU, micro batches of {micro} | GB |\n|---|---|")
     parts = memory_by_part(model, config, micro, gpus)
     for part, size in {**parts, "together": sum(parts.values())}.items():
@@ -560,22 +601,16 @@ def sample(model, tokenizer, prompt, autocast):
 
 def main(config, given, name, path):
     out, T, micro = os.path.join(config.out_dir, name), config.block_size, config.micro_batch_size
-    distributed, on_cuda, device = dist.is_initialized(), config.device == "cuda", torch.device(config.device)
+    distributed, device = dist.is_initialized(), torch.device(config.device)
 
     # ---- data
-    bins, meta = open_data(config.data, "train")
-    val_bins, val_meta = open_data(config.data, "val")
-    shares = config.data.values() if isinstance(config.data, dict) else [1]
-    loader = Loader([cut(bins[key], T, key) for key in bins], shares, config.batch_size, config.seed)
-    val_blocks = [cut(val_bins[key], T, f"{key}/val") for key in bins]
-    val_rows = [spread(blocks, math.ceil(config.eval_tokens / T)) for blocks in val_blocks]
+    loader, val_rows, meta, data = open_sources(config)
     shares, n_blocks = loader.counts / DECK, [len(blocks) for blocks in loader.sources]
     tokens_per_step, epochs_per_step = config.batch_size * T, config.batch_size / sum(n_blocks)
     max_steps = math.ceil(min(config.max_steps or math.inf, (config.max_tokens or math.inf) / tokens_per_step,
                               (config.max_epochs or math.inf) / epochs_per_step))
 
     # ---- model and optimizer, new or where the run stopped
-    data = [meta["fingerprint"][:16], val_meta["fingerprint"][:16], loader.counts.tolist()]
     state, changed = load_state(out, config, given, data)
     torch.manual_seed(config.seed)
     waiting = dist.new_group(backend="gloo", timeout=timedelta(hours=2)) if distributed else None
@@ -587,7 +622,10 @@ def main(config, given, name, path):
         dist.barrier(waiting)
     model.to(device).train()
     model.checkpointing = config.checkpoint
-    dtype = getattr(torch, config.dtype)
+    choice = [config.dtype if config.dtype != "auto" else state["dtype"] if state else faster_dtype(device)]
+    if distributed:             # ranks may have measured differently
+        dist.broadcast_object_list(choice)
+    dtype = getattr(torch, choice[0])
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     optimizers, run = make_optimizer(model, config), Progress()
@@ -596,25 +634,20 @@ def main(config, given, name, path):
         run = Progress(**state["progress"])
     if "eval_tokens" in changed:
         run.best = math.inf     # losses on other tokens cannot be compared
-    if config.compile or config.compile is None and on_cuda:
+    if config.compile or config.compile is None and device.type == "cuda":
         model.compile()
     runner = DistributedDataParallel(model, gradient_as_bucket_view=True) if distributed else model
 
     # ---- the log and its units
-    targets = [rows[:, 1:] for rows in val_rows]
-    bytes_per_token = shares @ [token_bytes(tokenizer)[part].mean() for part in targets]
-    words_per_token = shares @ [max(1, count_words(part.ravel(), tokenizer)) / part.size for part in targets]
+    bytes_per_token, words_per_token = shares @ [units(rows[:, 1:], tokenizer) for rows in val_rows.values()]
     flops_per_step = model.flops_per_token(T) * tokens_per_step
     peak = WORLD * matmul_flops(device, dtype)
-    git = f"git -C '{sys.path[0]}' describe --always --dirty=+ --exclude='*' --abbrev=12 2>/dev/null"
-    header = dict(config=asdict(config), parameters=model.num_params(), world=WORLD, dtype=config.dtype,
-                  versions=dict(python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__),
-                  device=torch.cuda.get_device_name() if on_cuda else os.uname().machine,
-                  commit=subprocess.getoutput(git), data=meta["fingerprint"], lineage=lineage)
+    header = dict(config=asdict(config), parameters=model.num_params(), dtype=choice[0],
+                  data=meta["fingerprint"], lineage=lineage, **environment(device))
     log = Log(f"{out}.jsonl", json.loads(state["log"]) if state else [header], config)
     print0(f"{name}: {model.num_params() / 1e6:.1f}M parameters, {max_steps} steps of {tokens_per_step:,} "
            f"{meta['tokenizer']} tokens, {max_steps * epochs_per_step:.2f} epochs of {config.data}, "
-           f"on {WORLD} x {device.type} in {config.dtype}", *(f"\nfrom {each['from']}" for each in lineage))
+           f"on {WORLD} x {device.type} in {choice[0]}", *(f"\nfrom {each['from']}" for each in lineage))
     if state:
         print0(f"going on from {out}.state.pt at step {run.step}; --resume=false starts over")
     if changed:
@@ -641,17 +674,18 @@ def main(config, given, name, path):
                 optimizer.consolidate_state_dict(to=0)
             if RANK == 0:
                 with writing(f"{out}.state.pt"):
-                    atomic_save(dict(model=model.state_dict(), model_config=asdict(model.config),
-                                     optimizers=[optimizer.state_dict() for optimizer in optimizers],
-                                     scaler=scaler.state_dict(), progress=vars(run), config=asdict(config),
-                                     lineage=lineage, data=data, log=json.dumps(log.records)),
-                                f"{out}.state.pt")
+                    atomic_save(dict(
+                        model=model.state_dict(), model_config=asdict(model.config),
+                        optimizers=[optimizer.state_dict() for optimizer in optimizers],
+                        scaler=scaler.state_dict(), progress=vars(run),
+                        config=asdict(config), dtype=choice[0], data=data, lineage=lineage,
+                        log=json.dumps(log.records)), f"{out}.state.pt")
         if stopping:
             return print0(f"stopped at step {run.step}; the same command goes on from {out}.state.pt")
 
         # ---- evaluate
         if evaluating:
-            losses = evaluate(model, val_rows, micro, autocast)
+            losses = evaluate(model, list(val_rows.values()), micro, autocast)
             val_loss = float(shares @ losses)
             if val_loss < run.best:
                 run.best, run.best_step = val_loss, run.step
@@ -660,8 +694,8 @@ def main(config, given, name, path):
             record = dict(val_loss=val_loss, bits_per_byte=bits / bytes_per_token,
                           word_perplexity=word_perplexity)
             if len(losses) > 1:     # a mixture: the loss on each source, and how often it has been seen
-                record["val_losses"] = dict(zip(bins, losses))
-                record["epochs"] = dict(zip(bins, run.step * config.batch_size * shares / n_blocks))
+                record["val_losses"] = dict(zip(val_rows, losses))
+                record["epochs"] = dict(zip(val_rows, run.step * config.batch_size * shares / n_blocks))
             log.write(step=run.step, tokens=run.step * tokens_per_step, **record)
             if RANK == 0 and run.step:
                 log.plot(f"{out}.png")
@@ -676,7 +710,7 @@ def main(config, given, name, path):
         # dropout, the only draw in a step, depends on (seed, step, rank) alone
         torch.manual_seed(int(np.random.SeedSequence([config.seed, run.step, RANK]).generate_state(1)[0]))
         rows = loader.batch(run.step, RANK, WORLD)
-        rows = (rows.pin_memory() if on_cuda else rows).to(device, non_blocking=True)
+        rows = (rows.pin_memory() if device.type == "cuda" else rows).to(device, non_blocking=True)
         loss, norm, stopping = train_step(runner, optimizers, rows, micro, autocast, config.grad_clip, scaler,
                                           stop)
         run.step += 1
@@ -698,7 +732,7 @@ def main(config, given, name, path):
     # ---- the end: the mean of the weights, a row for a table, a sample
     if run.mean_of:
         model.load_state_dict(run.mean)
-        mean_loss = float(shares @ evaluate(model, val_rows, micro, autocast))
+        mean_loss = float(shares @ evaluate(model, list(val_rows.values()), micro, autocast))
         save_model(f"{out}.avg.pt", mean_loss)
         print0(f"mean of the weights at steps {run.mean_of}: val loss {mean_loss:.4f}, {out}.avg.pt")
     train_loss = next((r["loss"] for r in reversed(log.records) if "loss" in r), math.nan)
@@ -709,7 +743,7 @@ def main(config, given, name, path):
     if log.wandb:
         log.wandb.finish()
     if RANK == 0:
-        print0(sample(model, tokenizer, val_rows[0][0, :32], autocast))
+        print0(sample(model, tokenizer, next(iter(val_rows.values()))[0, :32], autocast))
 
 
 def start(argv):
@@ -724,9 +758,6 @@ def start(argv):
         keep_memory()
     if config.device == "cuda":
         torch.cuda.set_device(LOCAL_RANK)
-    if config.dtype == "auto":
-        bf16 = config.device == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
-        config.dtype = "bfloat16" if bf16 else "float16" if config.device == "cuda" else "float32"
     torchrun = "RANK" in os.environ
     with lock(os.path.join(config.out_dir, f"{name}.lock")) if RANK == 0 else nullcontext():
         if torchrun:

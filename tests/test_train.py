@@ -410,7 +410,7 @@ def test_the_plan_needs_no_gpu_and_no_data(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     t.start([str(ROOT / "configs/1.1B.py"), "--plan=8", "--zero=true"])
     out = capsys.readouterr().out
-    assert "1,096.6M parameters" in out and "19,074 steps" in out and "10.0B tokens" in out
+    assert "1,096.6M parameters" in out and "19,074 steps" in out and "10.0B in all" in out
     assert "| weights and gradients, fp32 | 8.8 |" in out and "| adamw state | 1.1 |" in out
     assert not list(tmp_path.iterdir())
 
@@ -545,19 +545,19 @@ def test_nothing_trained_is_overwritten_unasked(workspace, train, refused, monke
     assert state_of(out)["config"]["seed"] == 3 and state_of(out)["progress"]["step"] == 0
 
 
-def test_what_can_be_read_of_a_damaged_log_stays(workspace, train, monkeypatch):
+def test_a_damaged_log_comes_back_whole(workspace, train, monkeypatch):
     log = workspace / "out/tiny.jsonl"
-    train("--max_steps=4")
-    good = log.read_text().splitlines()
     monkeypatch.setattr(time, "perf_counter", lambda: 1.0)      # a clock that stands still does no harm
-    for damage, kept in ((good[:3] + ["\0" * 60] + good[4:] + ['{"step": 4, "lo'], len(good) - 1),
-                         (good[1:], len(good)), ([], 1), (["[1]", '"x"', '{"step": null}'], 1)):
+    train("--max_steps=4")
+    good = records(log)
+    lines = log.read_text().splitlines()
+    for damage in (lines[:3] + ["\0" * 60] + lines[4:] + ['{"step": 4, "lo'], lines[1:], [], ["[1]", '"x"', "null"]):
         log.write_text("\n".join(damage))
         train("--max_steps=4")
-        assert len(records(log)) == kept + (kept == 1) and "config" in records(log)[0]
+        assert records(log) == good
     log.unlink()
-    train("--max_steps=5")
-    assert [r["step"] for r in records(log)[1:]] == [4, 5, 5] and "changed" in records(log)[1]
+    train("--max_steps=4")
+    assert records(log) == good
 
 
 def test_the_end_cannot_lose_the_run(workspace, train, monkeypatch):
