@@ -218,6 +218,13 @@ def test_a_mixture_has_its_shares_and_every_block_of_a_source_once_an_epoch():
     assert all(sorted(epoch.tolist()) == [2, 2, 2, 3, 3] for epoch in small[:330].split(5))
 
 
+def test_sources_of_equal_length_come_in_different_orders():
+    loader = Loader([cut([np.arange(16 * 50 + 1, dtype=np.uint16)], 16, "x")] * 2, [1, 1], 8, 1)
+    blocks = [(k, int(loader.block(i)[0])) for i, k in enumerate(loader.deck)]
+    one, two = ([block for source, block in blocks if source == k][:50] for k in (0, 1))
+    assert sorted(one) == sorted(two) == list(range(0, 800, 16)) and one != two
+
+
 @pytest.mark.parametrize("shares, counts", [
     ([1, 1, 1], [334, 333, 333]), ([0.7, 0.3], [700, 300]), ([1, 10**9], [0, 1000]), ([2], [1000]),
     ([0.1] * 7, [143, 143, 143, 143, 143, 143, 142])])
