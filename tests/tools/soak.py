@@ -83,7 +83,8 @@ MACHINE = ("tokens_per_second", "mfu", "bytes_held", "left")       # of the log,
 
 
 def contents(path):
-    return {k: v for k, v in m.load_pickle(str(path)).items() if path.name == "soak.pt" or k != "config"}    # out_dir
+    """Of a checkpoint; but the state's config has another out_dir, and its log speeds (see `log`)."""
+    return {k: v for k, v in m.load_pickle(str(path)).items() if path.name == "soak.pt" or k not in ("config", "log")}
 
 
 def log(path):
@@ -104,15 +105,20 @@ def main():
         folder = Path(folder)
         prepare.prepare(["python"], str(folder / "data"), "bytes", 0.05)
         (folder / "soak.py").write_text(CONFIG.format(data=folder / "data", steps=args.steps))
-        began = time.time()
-        assert start(folder, folder / "alone", args.processes, args.optimizer).wait() == 0
+        began, first = time.time(), None
+        process = start(folder, folder / "alone", args.processes, args.optimizer)
+        while process.poll() is None:
+            time.sleep(0.1)
+            if first is None and (folder / "alone/soak.state.pt").exists():
+                first = time.time() - began         # seconds until the first checkpoint
+        assert process.returncode == 0, process.stderr.read()
         alone = time.time() - began
         state = folder / "killed/soak.state.pt"
         kills, corrupt, startup, longest, reached = 0, 0, 0, 0, collections.Counter()
         while kills < args.kills:
             process = start(folder, folder / "killed", args.processes, args.optimizer)
             try:
-                process.wait(timeout=moments.uniform(2, 6) if args.processes == 1 else moments.uniform(4, 20))
+                process.wait(timeout=first * moments.uniform(0.5, 2))
                 sys.exit(f"the run ended after {kills} kills: give it more --steps\n{process.stderr.read()}")
             except subprocess.TimeoutExpired:
                 longest = max(longest, kill(process, args.processes, moments))
