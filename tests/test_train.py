@@ -456,6 +456,13 @@ def test_a_run_leaves_checkpoint_state_log_and_curve(workspace, train):
         rel=1e-3)
 
 
+def test_every_step_draws_other_dropout(workspace, train, monkeypatch):
+    seeds, manual_seed = [], torch.manual_seed
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: seeds.append(seed) or manual_seed(seed))
+    train("--max_steps=4")
+    assert len(set(seeds)) == len(seeds) == 5       # the initialisation's, and one a step
+
+
 def test_best_checkpoint_is_kept_when_the_loss_goes_up(workspace, train):
     train()
     best = m.load(str(workspace / "out/tiny.pt"))[1]
@@ -593,6 +600,11 @@ def test_the_mean_of_the_last_weights(workspace, train):
     assert f"[5, 6]: val loss {meta['val_loss']:.4f}" in out
     train("--max_steps=12", "--average=2", "--out_dir=a", "--schedule=constant")        # those of the shorter run are gone
     assert state_of(workspace / "a")["progress"]["mean_of"] == [11, 12]
+    run, layer = t.Progress(), torch.nn.Linear(1, 1, bias=False)
+    for run.step, value in enumerate((1.0, 2.0, 6.0)):
+        torch.nn.init.constant_(layer.weight, value)
+        run.add_to_mean(layer, {0, 1, 2})
+    assert run.mean["weight"].item() == 3
 
 
 def test_a_mixture_of_sources(workspace, train):
