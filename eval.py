@@ -12,8 +12,7 @@ A checkpoint is a .pt of train.py or grow.py, a Hugging Face folder, or a name o
 read from --eval_data DIR, or downloaded once into data/raw/eval. Each log-likelihood is that of
 lm-evaluation-harness 0.4.13, zero-shot; tests/test_harness.py compares them, and shows two differences.
 
-A new task is one function and one row of TASKS, here "arc": (arc, "choice"). Its items are read from
-DIR/arc.jsonl, an object a line.
+A new task is a function and a row of TASKS, here "arc": (arc, "choice"). It reads the lines of DIR/arc.jsonl:
 
     def arc(item):
         return item["question"], [f" {answer}" for answer in item["answers"]], item["label"]
