@@ -24,8 +24,8 @@ import re
 import sys
 from contextlib import nullcontext
 from datetime import timedelta
-from functools import lru_cache, partial
-from itertools import chain, islice
+from functools import lru_cache
+from itertools import chain, groupby, islice
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +36,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from model import ModelError, load
-from prepare import (EOT, TEST_SETS, DataError, NoBin, Parser, count_words, detokenise, get_tokenizer,
+from prepare import (TEST_SETS, DataError, NoBin, Parser, count_words, detokenise, get_tokenizer,
                      open_bin, open_data, sha256_of, test_files, test_grams, test_items, texts, token_bytes,
                      write_whole)
 
@@ -102,7 +102,7 @@ def make_requests(kind, example, tokenizer, block_size):
             return [(tokens, answers)]
         return [(tokens[len(answer) - block_size - 1:], [answer]) for answer in answers]
     tokens = example[0] if kind == "bin" else tokenizer.encode_ordinary(example[0])
-    stream, requests = np.append(tokenizer.eot_token, tokens).astype(np.uint16), []
+    stream, requests = np.append(np.uint16(tokenizer.eot_token), np.asarray(tokens, np.uint16)), []
     for start in range(0, len(tokens), block_size):
         end = min(start + block_size, len(tokens))
         first = start if kind == "bin" else max(0, end - block_size)
@@ -139,7 +139,8 @@ def log_likelihoods(model, requests, batch_size, autocast=nullcontext(), what="s
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     weight = model.wte.weight[:model.config.vocab_size]
-    to_device = partial(torch.Tensor.to, device=weight.device, non_blocking=weight.is_cuda)
+    def to_device(x):       # without waiting for a GPU
+        return x.pin_memory().to(weight.device, non_blocking=True) if weight.is_cuda else x.to(weight.device)
     chunk = max(1, 2**23 // len(weight))        # positions whose logits exist at a time: 32 MiB
     starts = np.cumsum([0] + [len(continuations) for _, continuations in requests])
     batches, done = make_batches(requests, batch_size)[rank::world], []
@@ -193,8 +194,7 @@ def run_task(kind, examples, model, tokenizer, block_size, batch_size, autocast=
 def scores(kind, columns, chosen=slice(None)):
     """{metric: (value, standard error)} of the chosen items, accuracies in percent.
 
-    To first order: a ratio has the error of a ratio estimate (Cochran 1977, 6.4), a perplexity has its own
-    size times that of its logarithm. The harness bootstraps LAMBADA's and gives none for WikiText's.
+    The error of a ratio is that of Cochran 1977, 6.4; of a perplexity, its size times its logarithm's error.
     """
     result = {}
     for metric, (a, b) in METRICS[kind].items():
@@ -260,7 +260,7 @@ def parse(argv):
     add("--audit", metavar="DATA", help="a data set whose training bins may hold test items")
     add("--out", metavar="FILE.json", help="all that was measured, with each file's sha256")
     add("--block_size", type=int, metavar="T", help="context; default: the model's")
-    add("--batch_size", type=int, help="sequences at once (default: 64 on a GPU, else 8)")
+    add("--batch_size", type=int, default=64 if torch.cuda.is_available() else 8, help="default %(default)s")
     add("--dtype", choices=("float32", "bfloat16"), default="float32")
     add("--prompt", metavar="TEXT", help="continue this text instead")
     add("--max_new_tokens", type=int, default=200)
@@ -274,7 +274,7 @@ def parse(argv):
         low, high = bounds.get(key, (1, 2**31 - 1))
         if isinstance(value, (int, float)) and not low <= value <= high:
             raise DataError(f"--{key}={value}: expected {low} to {high}")
-    args.tasks = [] if args.tasks == ["none"] else ",".join(args.tasks).split(",")
+    args.tasks = [] if args.tasks == ["none"] else " ".join(args.tasks).replace(",", " ").split()
     if unknown := set(args.tasks) - TASKS.keys():
         raise DataError(f"--tasks {', '.join(unknown)}: expected some of {', '.join(TASKS)}, or none")
     if args.out:
@@ -312,8 +312,11 @@ def make_plan(args):
                "trained on": tokens, "FLOPs": float(flops) or None}     # the first columns of its rows
         data, own, of_bins = args.data or meta.get("data", "none"), {}, meta
         try:
-            if data != "none":
-                own, of_bins = open_data(data, "val", config.vocab_size)
+            if str(data).endswith(".bin"):
+                own[data], of_bins = open_bin(data, config.vocab_size)
+            elif data != "none":
+                sources, of_bins = open_data(data, "val", config.vocab_size)
+                own = {folder: np.concatenate(bins) for folder, bins in sources.items()}
         except NoBin:
             if args.data:
                 raise
@@ -324,15 +327,12 @@ def make_plan(args):
 
     for task in args.tasks:
         function, kind = TASKS[task]
-        paths = [Path(args.eval_data or "data/raw/eval") / f"{task}.jsonl"]
+        known, path = task in TEST_SETS, Path(args.eval_data or "data/raw/eval") / f"{task}.jsonl"
         try:
-            if task in TEST_SETS:
-                paths, items = test_files(task, args.eval_data), test_items(task, args.eval_data)
-            else:
-                items = map(json.loads, paths[0].read_text().splitlines())
+            items = test_items(task, args.eval_data) if known else map(json.loads, path.open("rb"))
             measurements.append(("tasks", task, kind, [function(item) for item in islice(items, args.limit)]))
-            files += paths
-        except (OSError, ValueError) as e:              # a DataError is a ValueError
+            files += test_files(task, args.eval_data) if known else [path]
+        except (OSError, ValueError, KeyError) as e:              # a DataError is a ValueError
             print(f"eval.py: {task} is left out: {e}", file=sys.stderr)
     audited = tuple(task for _, task, _, _ in measurements if task in TEST_SETS)
     if args.audit and not audited:
@@ -344,9 +344,11 @@ def make_plan(args):
             raise DataError(f"--bpb {word}: expected NAME=SOURCE, with a name of its own")
         names.add(name)
         found = texts(source)
-        if source.endswith(".bin"):
+        if source.endswith(".bin"):         # its documents, what lies between two ends of text
             tokens, meta = open_bin(source)
-            found = filter(None, get_tokenizer(meta["tokenizer"]).decode(tokens.tolist()).split(EOT))
+            bpe = get_tokenizer(meta["tokenizer"])
+            runs = groupby(np.asarray(tokens), lambda token: token == bpe.eot_token)
+            found = (bpe.decode(list(run)) for is_end, run in runs if not is_end)
         examples = [(text, 1, len(text.encode())) for text in islice(found, args.max_docs)]
         measurements.append(("bits per byte", name, "documents", examples))
         files.append(source)
@@ -361,8 +363,7 @@ def make_plan(args):
                 jobs.append((table, rows[table], name, kind, examples))
             except DataError as e:
                 print(f"eval.py: {who['checkpoint']}: {name} is left out: {e}", file=sys.stderr)
-        for name, bins in own.items():
-            tokens = np.concatenate(bins)
+        for name, tokens in own.items():
             example = tokens, count_words(tokens, tokenizer), token_bytes(tokenizer)[tokens].sum()
             jobs.append(("own data", who | {"data": name, "tokens": len(tokens)}, "", "bin", [example]))
     if not jobs:
@@ -376,9 +377,8 @@ def main(argv):
     rank = int(os.environ.get("RANK", 0))           # of torchrun's processes
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     autocast = torch.autocast(device, torch.bfloat16, enabled=args.dtype == "bfloat16")
-    batch_size = args.batch_size or (64 if device == "cuda" else 8)
     if args.prompt is not None:
-        return continue_text(args, device, autocast)
+        return continue_text(args, device, autocast) if rank == 0 else None
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if "RANK" in os.environ:        # gloo, as all that is sent is on the CPU
@@ -397,7 +397,7 @@ def main(argv):
         for table, row, name, kind, examples in jobs:
             model, meta = load_once(row["checkpoint"], device)
             columns = run_task(kind, examples, model, get_tokenizer(meta["tokenizer"]), row["context"],
-                               batch_size, autocast, name or table)
+                               args.batch_size, autocast, name or table)
             if row not in tables[table]:
                 tables[table].append(row)
             row |= {f"{name} {metric}".strip(): value for metric, value in scores(kind, columns).items()}

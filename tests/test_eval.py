@@ -154,12 +154,15 @@ def test_several_checkpoints_with_their_ancestors_cost(scored):
 
 def test_processes_share_the_items(scored, place):
     ckpt = "out/a.pt", "out/b.pt"
-    one, *_ = scored("--data", "data/tiny", "--block_size", 64, "--limit", 4, ckpt=ckpt)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", EVAL,
-               "--ckpt", *ckpt, "--data", "data/tiny", "--block_size=64", "--limit=4", "--eval_data=sets",
-               "--out=two.json"]
-    two = subprocess.run(command, cwd=place[0], capture_output=True, text=True, timeout=300)
-    assert two.returncode == 0, two.stderr
+    def torchrun(*words):
+        result = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", EVAL, *words],
+                                cwd=place[0], capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+    one, *_ = scored("--data", "data/tiny/val.bin", "--block_size", 64, "--limit", 4, ckpt=ckpt)
+    torchrun("--ckpt", *ckpt, "--data", "data/tiny/val.bin", "--block_size=64", "--limit=4", "--eval_data=sets",
+             "--out=two.json")
+    assert torchrun("--ckpt", "out/a.pt", "--prompt=once", "--max_new_tokens=3").count("once") == 1
     two = json.loads((place[0] / "two.json").read_text())
     for table in ("tasks", "own data"):
         for mine, theirs in zip(one["tables"][table], two["tables"][table], strict=True):
@@ -169,6 +172,20 @@ def test_processes_share_the_items(scored, place):
                     np.testing.assert_allclose(np.array(theirs[key], float), np.array(value, float), rtol=1e-6)
                 else:
                     assert theirs[key] == value
+
+
+def test_data_is_a_bin_or_a_folder_of_several(scored, place):
+    root, _ = place
+    shutil.copytree(root / "data/tiny", root / "data/two")
+    tokens = np.fromfile(root / "data/tiny/val.bin", "<u2")
+    (root / "data/two/val.bin").unlink()
+    header = np.zeros(256, "<i4")
+    header[:3] = 20240520, 1, 400                       # llm.c's
+    for name, part in (("val_0.bin", tokens[:400]), ("val_1.bin", tokens[400:])):
+        (root / "data/two" / name).write_bytes((header.tobytes() if name == "val_0.bin" else b"") + part.tobytes())
+    rows = [scored("--tasks", "none", "--data", data)[0]["tables"]["own data"][0]
+            for data in ("data/tiny/val.bin", "data/two")]
+    assert [row.pop("data") for row in rows] == ["data/tiny/val.bin", "data/two"] and rows[0] == rows[1]
 
 
 def test_audit_finds_what_was_planted(scored, place):
