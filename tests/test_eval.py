@@ -140,6 +140,24 @@ def test_every_table(scored, place):
         assert text in printed
 
 
+def test_requests_by_hand():
+    def requests(kind, *example, block_size=4):
+        return [([*context], [bytes([*tokens]) for tokens in continuations]) for context, continuations
+                in e.make_requests(kind, example, get_tokenizer("bytes"), block_size)]
+    assert requests("choice", "a ", ["b", " cd"], 0) == [([*b"a"], [b" b", b"  cd"])]       # the space is answered
+    assert requests("cloze", "", ["b"], 0) == [([256], [b"b"])]
+    assert requests("choice", "12345", ["6", "78"], 0) == [([*b"2345"], [b"6"]), ([*b"345"], [b"78"])]
+    assert requests("text", "abcdef") == [([256], [b"abcd"]), ([*b"bcd"], [b"ef"])]         # filled with context
+    assert requests("bin", list(b"abcdef")) == [([256], [b"abcd"]), ([*b"d"], [b"ef"])]
+
+
+def test_the_space_before_an_answer_is_no_character(monkeypatch):
+    monkeypatch.setattr(e, "log_likelihoods", lambda *args: (np.array([-1.0, -2.5]), np.zeros(2, bool)))
+    example = "a", [" b", " cde"], 1        # per character -1 and -0.83; with the space -0.5 and -0.63
+    columns = e.run_task("choice", [example], None, get_tokenizer("bytes"), 16, 8)
+    assert (columns["correct"].tolist(), columns["correct_norm"].tolist()) == ([False], [True])
+
+
 def test_several_checkpoints_with_their_ancestors_cost(scored):
     report, printed, noted = scored("--tasks", "lambada,piqa", "hellaswag", "--limit", 2, "--block_size", 48,
                                     ckpt=("out/a.pt", "out/b.pt"))
