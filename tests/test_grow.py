@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 import grow as g
 import model as m
-
 from model import GPT, GPTConfig, ModelError
+from prepare import get_tokenizer
 
 
 def tiny(seed=0, **config):
@@ -169,13 +169,16 @@ def test_grow_then_train(workspace, run, monkeypatch):
     assert trained.config.n_embd == 32 and [parent["from"] for parent in meta["lineage"]] == ["a.pt", "out/b.pt"]
 
 
-def test_any_source_that_load_reads(tmp_path, monkeypatch):
-    """A name on the hub has a tokenizer, but no history."""
+def test_a_hugging_face_folder_is_a_source(tmp_path, monkeypatch):
+    """It has a tokenizer, but no history."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(g, "load", lambda source: (tiny().float(), {"tokenizer": source}))
-    g.main(["gpt2", "b.pt", "--n_layer=3"])
-    meta = m.load("b.pt")[1]
-    assert meta["tokenizer"] == "gpt2" and meta["lineage"] == [{"from": "gpt2", "how": meta["lineage"][0]["how"]}]
+    model = tiny(vocab_size=257).float()
+    m.export(model, "hf", get_tokenizer("bytes"))
+    g.main(["hf", "b.pt", "--n_layer=3", "--n_embd=32"])
+    larger, meta = m.load("b.pt")
+    assert meta["tokenizer"] == "bytes" and meta["lineage"] == [{"from": "hf", "how": meta["lineage"][0]["how"]}]
+    with torch.no_grad():
+        torch.testing.assert_close(larger(tokens()), model(tokens()), rtol=0, atol=1e-4)
 
 
 def test_bad_input_writes_nothing(tmp_path, refused, monkeypatch):

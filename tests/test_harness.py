@@ -133,10 +133,12 @@ def test_every_item_gets_what_the_harness_gives_it(pos, block_size, trained, tmp
         pairs = [(context, answer) for context, answers, _ in examples for answer in answers]
         assert pairs == [pair for s in samples for pair in s["arguments"]], task
         requests = [r for example in examples for r in e.make_requests(kind, example, tokenizer, block_size)]
-        for (context, answer), request in zip(pairs, requests, strict=True):
-            assert request == (lm._encode_pair(context, answer) if context else
-                               ([lm.prefix_token_id], lm.tok_encode(answer))), (context, answer)
-        logp, greedy = e.log_likelihoods(model, requests, block_size, 8)
+        rows = [(tokens, continuation) for tokens, continuations in requests for continuation in continuations]
+        for (context, answer), (tokens, continuation) in zip(pairs, rows, strict=True):
+            begin, end = (lm._encode_pair(context, answer) if context else
+                          ([lm.prefix_token_id], lm.tok_encode(answer)))
+            assert (tokens + continuation, continuation) == ((begin + end)[-block_size - 1:], end), (context, answer)
+        logp, greedy = e.log_likelihoods(model, requests, 8)
         expected = [answer for s in samples for answer in s["filtered_resps"]]
         np.testing.assert_allclose(logp, [x for x, _ in expected], rtol=0, atol=1e-3, err_msg=task)
         assert greedy.tolist() == [x for _, x in expected], task
@@ -162,7 +164,7 @@ def test_known_differences(trained):
         return e.make_requests("choice", (context, [answer], 0), tokenizer, BLOCK_SIZE)[0]
 
     def ours(pairs):
-        return e.log_likelihoods(model, [encode(*pair) for pair in pairs], BLOCK_SIZE, 8)[0].tolist()
+        return e.log_likelihoods(model, [encode(*pair) for pair in pairs], 8)[0].tolist()
 
     # the second request's context is the first one's with the beginning of its continuation
     pairs = [("The cat", " sat on the mat"), ("The cat sat on", " the hat")]
@@ -181,7 +183,7 @@ def test_known_differences(trained):
     pairs = [("a", " b" * (BLOCK_SIZE + 1))]
     with pytest.raises(AssertionError):
         theirs(without, pairs)
-    with pytest.raises(e.EvalError, match=f"{BLOCK_SIZE + 1} tokens"):
+    with pytest.raises(prepare.DataError, match=f"{BLOCK_SIZE + 1} tokens"):
         ours(pairs)
     pairs = [("a" + " a" * 99, " b" * BLOCK_SIZE)]         # and one that fills it is not
     assert ours(pairs) == pytest.approx(theirs(without, pairs), rel=1e-5)
