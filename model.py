@@ -274,17 +274,19 @@ def store_tile(x, values, start, ROWS: tl.constexpr, stride, T, D: tl.constexpr)
 
 
 @jit
-def this_head(slopes, seed, scale, T, H: tl.constexpr, D: tl.constexpr):
-    """Of this program: the offsets of its head in lse, qkv and y, its slope, and its key for dropout.
+def this_head(qkv, slopes, seed, scale, T, H: tl.constexpr, D: tl.constexpr):
+    """This program's q, k and v (T, D), their head's offsets in qkv, y and lse, its slope, its key for dropout.
 
     The grid is (heads of a group, tiles, groups), and programs start in this order: those at work
     share the k and v of one group of heads, which fit in the L2 cache.
     """
     bh = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
     b, h = (bh // H).to(tl.int64), bh % H
+    q_at, y_at, lse_at = (b * T * 3 * H + h) * D, (b * T * H + h) * D, bh * (tl.cdiv(T, 128) * 128)
+    q = qkv + q_at
     slope = 0.0 if slopes is None else tl.load(slopes + h) * (LOG2E / scale)
     key = 0 if seed is None else tl.randint(tl.load(seed), bh).to(tl.uint32, bitcast=True)
-    return bh * (tl.cdiv(T, 128) * 128), (b * T * 3 * H + h) * D, (b * T * H + h) * D, slope, key
+    return q, q + H * D, q + 2 * H * D, q_at, y_at, lse_at, slope, key
 
 
 @jit
@@ -312,8 +314,7 @@ def attention_fwd_kernel(
     y, lse,                     # (B, T, H, D); (B, H, T rounded up to 128) fp32: log2 sum_j 2^s_ij
     scale, T, H: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, EDGE: tl.constexpr,
 ):
-    lse_at, q_at, y_at, slope, key = this_head(slopes, seed, scale, T, H, D)
-    q, k, v = qkv + q_at, qkv + q_at + H * D, qkv + q_at + 2 * H * D
+    q, k, v, q_at, y_at, lse_at, slope, key = this_head(qkv, slopes, seed, scale, T, H, D)
     m = (tl.num_programs(1) - 1 - tl.program_id(1)) * M     # the longest rows first
     i, j = tl.arange(0, M)[:, None], tl.arange(0, N)[None, :]
     q_m = load_tile(q, m, M, 3 * H * D, T, D, EDGE)
@@ -350,8 +351,7 @@ def attention_bwd_dq_kernel(
     delta,                      # like lse: dy . y * (1 - dropout_p), for the pass over columns
     scale, T, H: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, EDGE: tl.constexpr,
 ):
-    lse_at, q_at, y_at, slope, key = this_head(slopes, seed, scale, T, H, D)
-    q, k, v = qkv + q_at, qkv + q_at + H * D, qkv + q_at + 2 * H * D
+    q, k, v, q_at, y_at, lse_at, slope, key = this_head(qkv, slopes, seed, scale, T, H, D)
     m = (tl.num_programs(1) - 1 - tl.program_id(1)) * M
     i, j = tl.arange(0, M)[:, None], tl.arange(0, N)[None, :]
     q_m = load_tile(q, m, M, 3 * H * D, T, D, EDGE)
@@ -387,8 +387,7 @@ def attention_bwd_dkdv_kernel(
     qkv, slopes, seed, dropout_p, y, lse, dy, dqkv, delta,      # as for dq
     scale, T, H: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, EDGE: tl.constexpr,
 ):
-    lse_at, q_at, y_at, slope, key = this_head(slopes, seed, scale, T, H, D)
-    q, k, v = qkv + q_at, qkv + q_at + H * D, qkv + q_at + 2 * H * D
+    q, k, v, q_at, y_at, lse_at, slope, key = this_head(qkv, slopes, seed, scale, T, H, D)
     n = tl.program_id(1) * N                            # the longest columns first
     i, j = tl.arange(0, M)[None, :], tl.arange(0, N)[:, None]       # tiles are transposed: (N, M)
     k_n = load_tile(k, n, N, 3 * H * D, T, D, EDGE)
@@ -421,11 +420,7 @@ def attention_bwd_dkdv_kernel(
     store_tile(dk_at + H * D, dv / (1 - dropout_p), n, N, 3 * H * D, T, D)
 
 
-def is_hopper(x):
-    return x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
-
-
-def tiles(qkv, D, dropout):
+def tiles(dtype, D, T, dropout, hopper):
     """(M, N, warps, stages) of the three kernels: large, but spilling no register (tests/tools/aot.py).
 
     They are fixed, not tuned at run time: other tiles round differently, and a resumed run must end
@@ -433,14 +428,14 @@ def tiles(qkv, D, dropout):
     started before the loop waits for it.
     """
     wide = D > 64
-    if qkv.dtype == torch.float32:
+    if dtype == torch.float32:
         return dict(fwd=(16, 16, 8, 1) if wide else (32, 16, 4, 1),
                     dq=(16, 16, 8, 1) if wide else (32, 32, 4, 1), dkdv=(16, 16, 4, 1))
-    if not is_hopper(qkv):
+    if not hopper:
         return dict(fwd=(128, 32, 8, 3) if wide else (64, 64, 4, 3), dq=(64, 32, 4, 3),
                     dkdv=(32, 32, 4, 3) if dropout else (32, 64, 8, 3))
     return dict(fwd=(128, 64, 8 if wide or dropout else 4, 3), dq=(128, 64, 8, 3),
-                dkdv=(32 if wide and dropout and qkv.size(1) % 128 else 64, 128, 8, 3))
+                dkdv=(32 if wide and dropout and T % 128 else 64, 128, 8, 3))
 
 
 CACHED = 12 * 2**20     # bytes of k and v that the L2 cache is left to hold
@@ -449,7 +444,8 @@ CACHED = 12 * 2**20     # bytes of k and v that the L2 cache is left to hold
 def launch(kernel, name, qkv, slopes, seed, dropout_p, y, lse, *gradients):
     (B, T, C), H = y.shape, lse.size(1)
     D, BH = C // H, B * H
-    M, N, num_warps, num_stages = tiles(qkv, D, seed is not None)[name]
+    hopper = qkv.is_cuda and torch.cuda.get_device_capability(qkv.device) >= (9, 0)
+    M, N, num_warps, num_stages = tiles(qkv.dtype, D, T, seed is not None, hopper)[name]
     own = max(M, N)             # rows, or for dk and dv columns, of a program
     fit = max(1, CACHED // (2 * T * D * qkv.element_size()))            # heads whose k and v it holds
     groups = next(n for n in range(triton.cdiv(BH, fit), BH + 1) if BH % n == 0)
@@ -540,8 +536,8 @@ def alibi_slopes(n_head):
 #
 #   loss_n = log sum_v exp(x_n . w_v) - x_n . w_target(n)
 #
-#   with p_nv = exp(x_n . w_v - log sum exp) and g_n the gradient that reaches loss_n:
-#   dlogits_nv = g_n (p_nv - [v = target(n)]),   dx = dlogits w,   dw = dlogits^T x
+#   with p_nv = exp(x_n . w_v - log sum exp), for the sum of the losses:
+#   dlogits_nv = p_nv - [v = target(n)],   dx = dlogits w,   dw = dlogits^T x
 
 
 def linear_cross_entropy_ref(x, weight, targets, reduction="mean", ignore_index=-1, vocab_size=None):
@@ -558,11 +554,9 @@ def linear_cross_entropy_ref(x, weight, targets, reduction="mean", ignore_index=
 
 @jit
 def cross_entropy_kernel(
-    logits,                     # (N, V), columns from vocab_size on are padding; becomes its own gradient
-    targets,                    # (N,) int64
-    scale,                      # () fp32, the gradient that reaches each loss, or None: the losses alone
-    losses,                     # (N,) fp32
-    ignore_index, vocab_size, V, BLOCK_V: tl.constexpr,
+    logits,                     # (N, V), columns from vocab_size on are padding; GRADIENT: becomes dlogits
+    targets, losses,            # (N,) int64, (N,) fp32
+    ignore_index, vocab_size, GRADIENT: tl.constexpr, V, BLOCK_V: tl.constexpr,
 ):
     n = tl.program_id(0)
     logits += n.to(tl.int64) * V
@@ -580,13 +574,12 @@ def cross_entropy_kernel(
     lse = m_i + tl.log(l_i)
     hit = tl.load(logits + target, counts, 0.0).to(tl.float32)
     tl.store(losses + n, tl.where(counts, lse - hit, 0.0))
-    if scale is not None:
+    if GRADIENT:
         tl.debug_barrier()      # every thread has read its logit of the target
-        g = tl.where(counts, tl.load(scale), 0.0)
         for v in range(0, V, BLOCK_V):
             x = tl.load(logits + v + cols, v + cols < V, 0.0).to(tl.float32)
             p = tl.where(v + cols < vocab_size, tl.exp2(x * LOG2E - lse * LOG2E), 0.0)
-            d = (p - tl.where(v + cols == target, 1.0, 0.0)) * g
+            d = tl.where(counts, p - tl.where(v + cols == target, 1.0, 0.0), 0.0)
             tl.store(logits + v + cols, d.to(logits.dtype.element_ty), v + cols < V)
 
 
@@ -594,9 +587,9 @@ CHUNK = 2**27       # logits that exist at a time: 256 MiB of bf16
 
 
 @custom_op("gpt::linear_cross_entropy", mutates_args=("losses", "dx", "dw"))
-def lce(x: Tensor, weight: Tensor, targets: Tensor, scale: Tensor | None, ignore_index: int, vocab_size: int,
+def lce(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, vocab_size: int,
         losses: Tensor, dx: Tensor | None, dw: Tensor | None) -> None:
-    """Fill losses and, given scale, dx; add to dw. A chunk's logits turn into their gradient while at hand."""
+    """Losses, and unless dx is None their sum's gradients. A chunk's logits become dlogits while at hand."""
     N, V = x.size(0), weight.size(0)
     chunk, block = triton.cdiv(N, triton.cdiv(N * V, CHUNK)), min(8192, triton.next_power_of_2(V))
     w, targets, buffer = weight.to(x.dtype), targets.contiguous(), x.new_empty(chunk, V)
@@ -604,8 +597,8 @@ def lce(x: Tensor, weight: Tensor, targets: Tensor, scale: Tensor | None, ignore
         rows = slice(n, min(n + chunk, N))
         logits = torch.mm(x[rows], w.t(), out=buffer[:rows.stop - n])          # (chunk, V)
         launch_rows(cross_entropy_kernel, len(logits), block,
-                    logits, targets[rows], scale, losses[rows], ignore_index, vocab_size, V)
-        if scale is None:
+                    logits, targets[rows], losses[rows], ignore_index, vocab_size, dx is not None, V)
+        if dx is None:
             continue
         torch.mm(logits, w, out=dx[rows])
         if x.is_cuda and x.dtype != torch.float32:      # bf16 operands, their products summed in fp32
@@ -616,17 +609,17 @@ def lce(x: Tensor, weight: Tensor, targets: Tensor, scale: Tensor | None, ignore
 
 class LinearCrossEntropyFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, targets, scale, ignore_index, vocab_size):
+    def forward(ctx, x, weight, *args):
         losses, dx = x.new_empty(x.size(0), dtype=torch.float32), torch.empty_like(x)
         dw = torch.zeros_like(weight, dtype=torch.float32)
-        lce(x, weight, targets, scale, ignore_index, vocab_size, losses, dx, dw)
+        lce(x, weight, *args, losses, dx, dw)
         ctx.save_for_backward(dx, dw.to(weight.dtype))
-        return losses.sum() * scale
+        return losses.sum()
 
     @staticmethod
     def backward(ctx, g):
         dx, dw = ctx.saved_tensors
-        return dx * g, dw * g, None, None, None, None
+        return dx * g, dw * g, None, None, None
 
 
 def linear_cross_entropy(x, weight, targets, reduction="mean", ignore_index=-1, vocab_size=None):
@@ -639,12 +632,12 @@ def linear_cross_entropy(x, weight, targets, reduction="mean", ignore_index=-1, 
         x, weight = x.detach(), weight.detach()
     if not use_kernels(x):
         return linear_cross_entropy_ref(x, weight, targets, reduction, ignore_index, vocab_size)
-    count, vocab_size = (targets != ignore_index).sum(), vocab_size or weight.size(0)
+    args = x, weight, targets, ignore_index, vocab_size or weight.size(0)
     if reduction == "mean" and torch.is_grad_enabled():
-        return LinearCrossEntropyFunction.apply(x, weight, targets, 1 / count, ignore_index, vocab_size)
+        return LinearCrossEntropyFunction.apply(*args) / (targets != ignore_index).sum()
     losses = x.new_empty(x.size(0), dtype=torch.float32)
-    lce(x, weight, targets, None, ignore_index, vocab_size, losses, None, None)
-    return losses if reduction == "none" else losses.sum() / count
+    lce(*args, losses, None, None)
+    return losses if reduction == "none" else losses.sum() / (targets != ignore_index).sum()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -888,13 +881,12 @@ def build(config, weights, source):
 
 # what config.json must say where transformers ignores it, or where the logits may hardly show it
 HF_FIXED = {"gpt2": dict(activation_function="gelu_new", layer_norm_epsilon=1e-5),
-            "mpt": dict(layer_norm_epsilon=1e-5, expansion_ratio=4, no_bias=True, logit_scale=None,
-                        alibi=True, alibi_bias_max=8, clip_qkv=None, qk_ln=False)}
-# a text that other tokenizers cut differently
+            "mpt": dict(layer_norm_epsilon=1e-5, logit_scale=None, alibi=True, alibi_bias_max=8, clip_qkv=None)}
+# size of each tokenizer, and what it makes of a text that others cut differently
 PROBE = "It's 12,345 O'Clock\r\n\n naïve  cafe\u0301 🙂 "
-TOKENIZERS = {"gpt2": (50257, [1026, 338, 1105, 11, 27712, 440, 6, 44758, 201, 628, 41492, 220, 26725, 136,
-                               223, 32485, 220]),
-              "bytes": (257, list(PROBE.encode()))}
+TOKENIZERS = {"bytes": (257, list(PROBE.encode())),
+              "gpt2": (50257, [1026, 338, 1105, 11, 27712, 440, 6, 44758, 201, 628, 41492, 220, 26725, 136,
+                               223, 32485, 220])}
 
 
 @contextmanager
@@ -923,13 +915,10 @@ def from_hugging_face(source):
     model that computes other logits than a GPT with its weights does."""
     with hugging_face(source) as transformers:
         theirs = transformers.AutoConfig.from_pretrained(source)
-    kind = theirs.model_type
-    if kind not in HF_FIXED:
-        raise ModelError(f"{source}: model_type={kind}, expected gpt2 or mpt")
     settings = theirs.to_dict() | theirs.to_dict().get("attn_config", {})
-    for key, value in HF_FIXED[kind].items():
+    for key, value in HF_FIXED.get(theirs.model_type, {"model_type": "gpt2 or mpt"}).items():
         if settings[key] != value:
-            raise ModelError(f"{source}: {key}={settings[key]} in config.json, this model has {value}")
+            raise ModelError(f"{source}: {key}={settings[key]} in config.json, expected {value}")
 
     with hugging_face(source) as transformers:
         hf, loading = transformers.AutoModelForCausalLM.from_pretrained(
@@ -939,9 +928,10 @@ def from_hugging_face(source):
     if faults:
         raise ModelError(f"{source}: config.json and the weights disagree about {min(map(str, faults))}")
 
+    learned = theirs.model_type == "gpt2"
     block_size = settings.get("n_positions") or settings.get("block_size") or settings["max_seq_len"]
     config = GPTConfig(block_size, theirs.vocab_size, theirs.num_hidden_layers, theirs.num_attention_heads,
-                       theirs.hidden_size, bias=kind == "gpt2", pos="learned" if kind == "gpt2" else "alibi")
+                       theirs.hidden_size, bias=learned, pos="learned" if learned else "alibi")
     with torch.device("meta"):
         names = list(GPT(config).state_dict())      # their parameters come in the same order
     # clone: theirs may be the file itself, mapped, which somebody may write anew
@@ -954,8 +944,8 @@ def from_hugging_face(source):
         logits = hf(idx).logits                                                     # (1, T, V)
         difference = (model(idx) - logits).abs().max() / logits.abs().max()
     if not difference < 1e-3:       # rounding makes about 1e-6
-        raise ModelError(f"{source}: its logits differ from this model's by {difference:.1%}: "
-                         "config.json asks for something that this model does not have")
+        raise ModelError(f"{source}: its logits differ from this model's by {difference:.1%}: config.json asks "
+                         "for something that this model does not have")
     return model
 
 
@@ -1019,19 +1009,15 @@ def hf_tokenizer(tokenizer, model_max_length):
     return GPT2Tokenizer(vocab=vocab, merges=merges, model_max_length=model_max_length)
 
 
-def main(argv):
+if __name__ == "__main__":
+    from prepare import DataError, Parser, get_tokenizer        # not needed as a module
     parser = Parser("Write a checkpoint as a Hugging Face folder: config, weights and tokenizer.")
     parser.add_argument("checkpoint", help="a .pt of train.py or grow.py")
     parser.add_argument("--export", required=True, metavar="DIR", help="the folder, e.g. hf/1.1B")
-    args = parser.parse_args(argv)
-    model, meta = load(args.checkpoint)
-    export(model, args.export, get_tokenizer(meta["tokenizer"]))
-    print(f'AutoModelForCausalLM.from_pretrained("{args.export}") loads it; {meta["tokenizer"]} tokens')
-
-
-if __name__ == "__main__":
-    from prepare import DataError, Parser, get_tokenizer        # not needed as a module
+    args = parser.parse_args()
     try:
-        main(sys.argv[1:])
+        model, meta = load(args.checkpoint)
+        export(model, args.export, get_tokenizer(meta["tokenizer"]))
     except (ModelError, DataError, OSError) as e:
         sys.exit(f"model.py: {e}")
+    print(f'AutoModelForCausalLM.from_pretrained("{args.export}") loads it; {meta["tokenizer"]} tokens')
