@@ -8,16 +8,14 @@
     export                   a model and its tokenizer as a Hugging Face folder:
                              python model.py out/1.1B.pt --export hf/1.1B
 
-Each op is laid out the same way: its mathematics, NAME_ref (plain PyTorch, the definition), the Triton
-kernels, the custom operators that launch them (torch.compile takes these whole), their autograd
-Function, and NAME, the one entry.
+Each op in turn: its mathematics, NAME_ref (plain PyTorch, the definition), the Triton kernels, the custom
+operators that launch them (torch.compile takes these whole), their autograd Function, and NAME, the entry.
 
 The model has two forms, each a Hugging Face architecture, so that weights travel both ways: learned
 positions with biases are GPT2LMHeadModel (tanh GELU), ALiBi without are MptForCausalLM (erf GELU).
 
-Letters in shape comments: B sequences, T tokens, C channels (n_embd), H heads, D = C / H channels of one
-head, V tokens of the vocabulary, N rows (B times T). A kernel's tile has M rows (queries) by N columns
-(keys).
+Letters in shape comments: B sequences, T tokens, C channels (n_embd), H heads, D = C / H channels of a head,
+V tokens of the vocabulary, N rows (B times T). A kernel's tile has M rows (queries) by N columns (keys).
 """
 from __future__ import annotations      # tl.constexpr is only named where there is no Triton
 
@@ -116,7 +114,7 @@ def layer_norm_fwd_kernel(
 def layer_norm_bwd_kernel(
     dy, s, weight,              # (N, C), (N, C), (C,): s is what the forward normalised
     ds,                         # (N, C) or None: the gradient that reaches s by other ways
-    dx, dresidual,              # (N, C): the same gradient in two dtypes; dresidual may be None
+    dx, dresidual,              # (N, C): the same gradient twice, each in its dtype; the latter may be None
     dparams,                    # (2, programs, C) fp32: each program's share of dweight and dbias
     eps, N, C: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
@@ -180,12 +178,10 @@ class LayerNormFunction(torch.autograd.Function):
         C = s.size(-1)
         ds = None if ds is None else ds.contiguous()
         dx = torch.empty_like(s, dtype=dy.dtype)
-        dresidual = None if ds is None or s.dtype == dy.dtype else torch.empty_like(s)
+        dresidual = None if ds is None else torch.empty_like(s, dtype=ctx.residual)
         programs = min(s.numel() // C, max(128, 2**20 // C))        # they fill any GPU, with many rows each
         dparams = s.new_empty(2, programs, C, dtype=torch.float32)
         layer_norm_bwd(dy.contiguous(), s, weight, ds, dx, dresidual, dparams, ctx.eps)
-        if ds is not None:
-            dresidual = (dx if dresidual is None else dresidual).to(ctx.residual)
         dweight, dbias = dparams.sum(1).to(weight.dtype)
         return dx, dresidual, dweight, dbias if ctx.bias else None, None
 
@@ -275,7 +271,7 @@ def store_tile(x, values, start, ROWS: tl.constexpr, stride, T, D: tl.constexpr)
 
 @jit
 def this_head(qkv, slopes, seed, scale, T, H: tl.constexpr, D: tl.constexpr):
-    """This program's q, k and v (T, D), their head's offsets in qkv, y and lse, its slope, its key for dropout.
+    """This program's q, k and v (T, D), its head's offset in qkv, y and lse, its slope, its dropout key.
 
     The grid is (heads of a group, tiles, groups), and programs start in this order: those at work
     share the k and v of one group of heads, which fit in the L2 cache.
@@ -293,10 +289,9 @@ def this_head(qkv, slopes, seed, scale, T, H: tl.constexpr, D: tl.constexpr):
 def dropout_mask(key, dropout_p, m, i, n, j):
     """Which weights of rows m + i and columns n + j survive dropout, by (seed, head, row, column) alone.
 
-    One call of Philox 2x32 (Salmon et al. 2011; 7 rounds pass their tests) gives 16 bits to each of
-    the four weights in rows i, i + 8 and columns j, j + 8. After a matrix instruction one thread holds
-    all four, also where the tile is transposed: the compiler makes the call once, and nothing moves
-    between threads.
+    One call of Philox 2x32 (Salmon et al. 2011; 7 rounds pass their tests) gives 16 bits to each of the four
+    weights in rows i, i + 8 and columns j, j + 8. After a matrix instruction one thread holds all four, also
+    where the tile is transposed: the compiler makes the call once, and nothing moves between threads.
     """
     a, b = (m + (i - (i & 8))).to(tl.uint32), (n + (j - (j & 8))).to(tl.uint32)
     for _ in tl.static_range(7):
@@ -511,10 +506,8 @@ def attention_qkv(qkv, n_head, slopes=None, dropout_p=0.0, past=None):
 
 
 def attention(q, k, v, slopes=None, dropout_p=0.0):
-    """attention_ref's contract; the kernels run where S = T."""
+    """attention_ref's contract for S = T."""
     B, H, T, D = q.shape
-    if T < k.size(2) or not use_kernels(q):
-        return attention_ref(q, k, v, slopes, dropout_p)
     qkv = torch.stack((q, k, v)).permute(1, 3, 0, 2, 4).reshape(B, T, 3 * H * D)
     return attention_qkv(qkv, H, slopes, dropout_p).view(B, T, H, D).transpose(1, 2)
 
@@ -847,7 +840,7 @@ def load(source, device="cpu"):
     config, meta = checkpoint["config"], checkpoint["meta"]
     if wrong := config.keys() ^ {f.name for f in fields(GPTConfig)}:
         raise ModelError(f"{source}: its config and GPTConfig differ in {', '.join(sorted(wrong))}")
-    if meta.get("tokenizer") not in TOKENIZERS:
+    if meta.get("tokenizer") not in TOKENS:
         raise ModelError(f"{source}: tokenizer={meta.get('tokenizer')} in its meta, expected gpt2 or bytes; "
                          "torch.load it, correct that, and torch.save it")
     return build(GPTConfig(**config), checkpoint["model"], source).to(device).eval(), meta
@@ -880,13 +873,12 @@ def build(config, weights, source):
 # Hugging Face, in and out, by transformers
 
 # what config.json must say where transformers ignores it, or where the logits may hardly show it
-HF_FIXED = {"gpt2": dict(activation_function="gelu_new", layer_norm_epsilon=1e-5),
-            "mpt": dict(layer_norm_epsilon=1e-5, logit_scale=None, alibi=True, alibi_bias_max=8, clip_qkv=None)}
-# size of each tokenizer, and what it makes of a text that others cut differently
-PROBE = "It's 12,345 O'Clock\r\n\n naïve  cafe\u0301 🙂 "
-TOKENIZERS = {"bytes": (257, list(PROBE.encode())),
-              "gpt2": (50257, [1026, 338, 1105, 11, 27712, 440, 6, 44758, 201, 628, 41492, 220, 26725, 136,
-                               223, 32485, 220])}
+FIXED = dict(gpt2=dict(layer_norm_epsilon=1e-5, activation_function="gelu_new"),
+             mpt=dict(layer_norm_epsilon=1e-5, logit_scale=None, alibi=True, alibi_bias_max=8, clip_qkv=None))
+# what each tokenizer makes of a text that others cut differently, and of its last token
+PROBE = "It's 12,345 O'Clock\r\n\n naïve  e\u0301 🙂"
+TOKENS = dict(bytes=[*PROBE.encode(), 256],
+              gpt2=[1026, 338, 1105, 11, 27712, 440, 6, 44758, 201, 628, 41492, 220, 304, 136, 223, 32485, 50256])
 
 
 @contextmanager
@@ -904,10 +896,9 @@ def hugging_face(source):
         raise ModelError(f"{source}: {' '.join(str(e).split())[:300]}{advice}")
 
 
-def hf_layout(config, name, p):
-    """GPT-2's linear layers are Conv1D at Hugging Face, (in, out) where ours are (out, in). Either way."""
-    conv1d = config.pos == "learned" and ".c_" in name and p.dim() == 2
-    return p.detach().t().contiguous() if conv1d else p.detach()
+def hf_layout(name, p):
+    """A weight in the other's layout: Hugging Face, whose name it is, has GPT-2's c_NAME as (in, out)."""
+    return p.detach().t().contiguous() if ".c_" in name and p.dim() == 2 else p.detach()
 
 
 def from_hugging_face(source):
@@ -916,7 +907,7 @@ def from_hugging_face(source):
     with hugging_face(source) as transformers:
         theirs = transformers.AutoConfig.from_pretrained(source)
     settings = theirs.to_dict() | theirs.to_dict().get("attn_config", {})
-    for key, value in HF_FIXED.get(theirs.model_type, {"model_type": "gpt2 or mpt"}).items():
+    for key, value in FIXED.get(theirs.model_type, {"model_type": "gpt2 or mpt"}).items():
         if settings[key] != value:
             raise ModelError(f"{source}: {key}={settings[key]} in config.json, expected {value}")
 
@@ -933,19 +924,17 @@ def from_hugging_face(source):
     config = GPTConfig(block_size, theirs.vocab_size, theirs.num_hidden_layers, theirs.num_attention_heads,
                        theirs.hidden_size, bias=learned, pos="learned" if learned else "alibi")
     with torch.device("meta"):
-        names = list(GPT(config).state_dict())      # their parameters come in the same order
+        names = GPT(config).state_dict()        # their parameters come in the same order
     # clone: theirs may be the file itself, mapped, which somebody may write anew
-    weights = {name: hf_layout(config, name, p).clone() for name, p in zip(names, hf.parameters())}
-    padding = config.padded_vocab_size - config.vocab_size
-    weights["wte.weight"] = F.pad(weights["wte.weight"], (0, 0, 0, padding))
+    weights = {name: hf_layout(key, p).clone() for name, (key, p) in zip(names, hf.named_parameters())}
+    weights["wte.weight"] = F.pad(weights["wte.weight"], (0, 0, 0, -config.vocab_size % 64))
     model = build(config, weights, source)
     idx = torch.arange(min(64, block_size))[None] * 997 % config.vocab_size         # (1, T)
     with torch.no_grad():
         logits = hf(idx).logits                                                     # (1, T, V)
         difference = (model(idx) - logits).abs().max() / logits.abs().max()
     if not difference < 1e-3:       # rounding makes about 1e-6
-        raise ModelError(f"{source}: its logits differ from this model's by {difference:.1%}: config.json asks "
-                         "for something that this model does not have")
+        raise ModelError(f"{source}: it computes other logits than this model ({difference:.1%} apart)")
     return model
 
 
@@ -955,20 +944,17 @@ GPT.from_pretrained = staticmethod(from_hugging_face)
 def hugging_face_tokenizer(source):
     """Which of prepare.py's tokenizers a Hugging Face source has: "gpt2" or "bytes". Raises ModelError."""
     with hugging_face(source) as transformers:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-        found = len(tokenizer), tokenizer.encode(PROBE, add_special_tokens=False)
-        eot = tokenizer.convert_tokens_to_ids("<|endoftext|>")
-    for name, expected in TOKENIZERS.items():
-        if found == expected and eot == expected[0] - 1:
+        theirs = transformers.AutoTokenizer.from_pretrained(source)
+        tokens = theirs.encode(PROBE + "<|endoftext|>", add_special_tokens=False)
+    for name, ours in TOKENS.items():
+        if tokens == ours and len(theirs) == ours[-1] + 1:
             return name
-    raise ModelError(f"{source}: its tokenizer ({found[0]} tokens) is missing, or neither GPT-2's nor bytes")
+    raise ModelError(f"{source}: its tokenizer ({len(theirs)} tokens) is missing, or not GPT-2's or bytes")
 
 
 def export(model, folder, tokenizer):
-    """Write model and tokenizer (a tiktoken.Encoding) as a Hugging Face folder. Raises ModelError.
-
-    AutoModelForCausalLM and AutoTokenizer load it, and llama.cpp converts it.
-    """
+    """Write model and tokenizer (a tiktoken.Encoding) as a folder that AutoModelForCausalLM and AutoTokenizer
+    load, and llama.cpp converts. Raises ModelError."""
     config, T = model.config, model.config.block_size
     if config.bias != (config.pos == "learned"):
         raise ModelError(f"pos={config.pos} with bias={config.bias} is no Hugging Face architecture: "
@@ -986,8 +972,8 @@ def export(model, folder, tokenizer):
                                             use_cache=True)
         with torch.device("meta"):
             hf = transformers.AutoModelForCausalLM.from_config(theirs)
-        weights = {key: hf_layout(config, name, p)[:len(q)].float().cpu()       # without the padding
-                   for (name, p), (key, q) in zip(model.named_parameters(), hf.named_parameters())}
+        weights = {key: hf_layout(key, p)[:len(q)].float().cpu()        # without the padding
+                   for p, (key, q) in zip(model.parameters(), hf.named_parameters())}
         hf.save_pretrained(folder, state_dict=weights)
         if config.pos == "alibi":       # as llama.cpp spells it; transformers looks at model_type
             hf.config.architectures = ["MPTForCausalLM"]
