@@ -877,8 +877,8 @@ FIXED = dict(gpt2=dict(layer_norm_epsilon=1e-5, activation_function="gelu_new"),
              mpt=dict(layer_norm_epsilon=1e-5, logit_scale=None, alibi=True, alibi_bias_max=8, clip_qkv=None))
 # what each tokenizer makes of a text that others cut differently, and of its last token
 PROBE = "It's 12,345 O'Clock\r\n\n naïve  e\u0301 🙂"
-TOKENS = dict(bytes=[*PROBE.encode(), 256],
-              gpt2=[1026, 338, 1105, 11, 27712, 440, 6, 44758, 201, 628, 41492, 220, 304, 136, 223, 32485, 50256])
+TOKENS = {"bytes": [*PROBE.encode(), 256], "gpt2": [
+    1026, 338, 1105, 11, 27712, 440, 6, 44758, 201, 628, 41492, 220, 304, 136, 223, 32485, 50256]}
 
 
 @contextmanager
