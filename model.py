@@ -44,8 +44,7 @@ class ModelError(ValueError):
     """A configuration or a checkpoint that cannot be used; the message is one line for the user."""
 
 
-# ---------------------------------------------------------------------------------------------
-# Kernels or references
+# ---- Kernels or references
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"      # Triton reads it too, as it decorates
 jit = triton.jit if triton else lambda kernel: kernel
@@ -65,8 +64,7 @@ def launch_rows(kernel, programs, block, *args):
         kernel[programs,](*args, block, num_warps=min(16, max(1, block // 512)))
 
 
-# ---------------------------------------------------------------------------------------------
-# layer_norm
+# ---- layer_norm
 #
 #   y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias          over the last dimension
 #
@@ -194,8 +192,7 @@ def layer_norm(x, weight, bias=None, eps=1e-5, residual=None):
     return LayerNormFunction.apply(x.contiguous(), residual, weight, bias, eps)
 
 
-# ---------------------------------------------------------------------------------------------
-# attention
+# ---- attention
 #
 #   s_ij = q_i . k_j / sqrt(D) + slope * (j - i)    for j <= i, else -inf
 #   p_ij = exp(s_ij) / sum_j exp(s_ij)              softmax in fp32 whatever the input is
@@ -424,8 +421,8 @@ def tiles(dtype, D, T, dropout, hopper):
     """
     wide = D > 64
     if dtype == torch.float32:
-        return dict(fwd=(16, 16, 8, 1) if wide else (32, 16, 4, 1),
-                    dq=(16, 16, 8, 1) if wide else (32, 32, 4, 1), dkdv=(16, 16, 4, 1))
+        return dict(fwd=(16, 16, 8, 1) if wide else (16 if dropout else 32, 16, 4, 1),
+                    dq=(16, 16, 8, 1) if wide else (32, 16 if D <= 32 else 32, 4, 1), dkdv=(16, 16, 4, 1))
     if not hopper:
         return dict(fwd=(128, 32, 8, 3) if wide else (64, 64, 4, 3), dq=(64, 32, 4, 3),
                     dkdv=(32, 32, 4, 3) if dropout else (32, 64, 8, 3))
@@ -524,8 +521,7 @@ def alibi_slopes(n_head):
     return torch.tensor(slopes, dtype=torch.float32)
 
 
-# ---------------------------------------------------------------------------------------------
-# linear_cross_entropy
+# ---- linear_cross_entropy
 #
 #   loss_n = log sum_v exp(x_n . w_v) - x_n . w_target(n)
 #
@@ -633,8 +629,7 @@ def linear_cross_entropy(x, weight, targets, reduction="mean", ignore_index=-1, 
     return losses if reduction == "none" else losses.sum() / (targets != ignore_index).sum()
 
 
-# ---------------------------------------------------------------------------------------------
-# The model
+# ---- The model
 
 
 @dataclass
@@ -800,8 +795,7 @@ class GPT(nn.Module):
         return idx
 
 
-# ---------------------------------------------------------------------------------------------
-# Checkpoints
+# ---- Checkpoints
 
 
 def atomic_save(obj, path):
@@ -869,8 +863,7 @@ def build(config, weights, source):
     return model
 
 
-# ---------------------------------------------------------------------------------------------
-# Hugging Face, in and out, by transformers
+# ---- Hugging Face, in and out, by transformers
 
 # what config.json must say where transformers ignores it, or where the logits may hardly show it
 FIXED = dict(gpt2=dict(layer_norm_epsilon=1e-5, activation_function="gelu_new"),
