@@ -565,10 +565,11 @@ def cross_entropy_kernel(
     tl.store(losses + n, tl.where(counts, lse - hit, 0.0))
     if GRADIENT:
         tl.debug_barrier()      # every thread has read its logit of the target
+        g = tl.where(counts, 1.0, 0.0)
         for v in range(0, V, BLOCK_V):
             x = tl.load(logits + v + cols, v + cols < V, 0.0).to(tl.float32)
             p = tl.where(v + cols < vocab_size, tl.exp2(x * LOG2E - lse * LOG2E), 0.0)
-            d = tl.where(counts, p - tl.where(v + cols == target, 1.0, 0.0), 0.0)
+            d = (p - tl.where(v + cols == target, 1.0, 0.0)) * g
             tl.store(logits + v + cols, d.to(logits.dtype.element_ty), v + cols < V)
 
 
