@@ -8,18 +8,14 @@
     export                   a model and its tokenizer as a Hugging Face folder:
                              python model.py out/1.1B.pt --export hf/1.1B
 
-Each op is laid out the same way: its mathematics, NAME_ref (plain PyTorch, the definition), the Triton
-forward and backward, the custom operator that launches them (which torch.compile takes whole), and
-NAME, the one entry.
+Each op in turn: its mathematics, NAME_ref (plain PyTorch, the definition), the Triton kernels, the custom
+operators that launch them (torch.compile takes these whole), their autograd Function, and NAME, the entry.
 
-The model has two forms. Each is one Hugging Face architecture, so weights travel both ways:
+The model has two forms, each a Hugging Face architecture, so that weights travel both ways: learned
+positions with biases are GPT2LMHeadModel (tanh GELU), ALiBi without are MptForCausalLM (erf GELU).
 
-    pos="learned", bias=True      GPT2LMHeadModel (tanh GELU)
-    pos="alibi",   bias=False     MptForCausalLM  (erf GELU)
-
-Letters in shape comments: B sequences, T tokens, C channels (n_embd), H heads, D = C / H channels of one
-head, V tokens of the vocabulary, N rows (B times T). A kernel's tile has M rows (queries) by N columns
-(keys).
+Letters in shape comments: B sequences, T tokens, C channels (n_embd), H heads, D = C / H channels of a head,
+V tokens of the vocabulary, N rows (B times T). A kernel's tile has M rows (queries) by N columns (keys).
 """
 from __future__ import annotations      # tl.constexpr is only named where there is no Triton
 
@@ -27,7 +23,7 @@ import math
 import os
 import pickle
 import sys
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 
 import torch
@@ -35,7 +31,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch.library import custom_op
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 try:
@@ -49,13 +44,7 @@ class ModelError(ValueError):
     """A configuration or a checkpoint that cannot be used; the message is one line for the user."""
 
 
-def at_least_fp32(dtype):
-    """Statistics, softmax and losses are computed in fp32, or in fp64 where the input is fp64."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-# ---------------------------------------------------------------------------------------------
-# Kernels or references
+# ---- Kernels or references
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"      # Triton reads it too, as it decorates
 jit = triton.jit if triton else lambda kernel: kernel
@@ -69,13 +58,13 @@ def use_kernels(x):
     return triton is not None and (x.is_cuda or INTERPRET) and x.dtype != torch.float64
 
 
-def n_warps(block):
-    """Warps (32 threads each) that give a thread 16 elements of a row of `block`."""
-    return min(16, max(1, block // 512))
+def launch_rows(kernel, programs, block, *args):
+    """Launch a kernel that reads rows in blocks, with a thread for every 16 elements of a block."""
+    with torch.cuda.device_of(args[0]):
+        kernel[programs,](*args, block, num_warps=min(16, max(1, block // 512)))
 
 
-# ---------------------------------------------------------------------------------------------
-# layer_norm
+# ---- layer_norm
 #
 #   y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias          over the last dimension
 #
@@ -91,7 +80,7 @@ def layer_norm_ref(x, weight, bias=None, eps=1e-5, residual=None):
     the two: under autocast a bf16 branch joins an fp32 stream.
     """
     s = x if residual is None else x + residual
-    acc = at_least_fp32(s.dtype)
+    acc = torch.promote_types(s.dtype, torch.float32)
     bias = None if bias is None else bias.to(acc)
     y = F.layer_norm(s.to(acc), weight.shape, weight.to(acc), bias, eps).to(x.dtype)
     return y if residual is None else (y, s)
@@ -123,7 +112,7 @@ def layer_norm_fwd_kernel(
 def layer_norm_bwd_kernel(
     dy, s, weight,              # (N, C), (N, C), (C,): s is what the forward normalised
     ds,                         # (N, C) or None: the gradient that reaches s by other ways
-    dx, dresidual,              # (N, C): the same gradient in two dtypes; dresidual may be None
+    dx, dresidual,              # (N, C): the same gradient twice, each in its dtype; the latter may be None
     dparams,                    # (2, programs, C) fp32: each program's share of dweight and dbias
     eps, N, C: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
@@ -154,75 +143,56 @@ def layer_norm_bwd_kernel(
     tl.store(dparams + (programs + program) * C + c, db, inside)
 
 
-@custom_op("gpt::layer_norm", mutates_args=())
-def layer_norm_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float
-                   ) -> tuple[Tensor, Tensor]:
-    """(y, s) of contiguous tensors; s is empty where there is no residual."""
-    y, s = layer_norm_fwd_like(x, weight, bias, residual, eps)
-    C, block = x.size(-1), triton.next_power_of_2(x.size(-1))
-    with torch.cuda.device_of(x):
-        layer_norm_fwd_kernel[x.numel() // C,](
-            x, residual, weight, bias, y, s, eps, C, block, num_warps=n_warps(block))
-    return y, s
+@custom_op("gpt::layer_norm", mutates_args=("y", "s"))
+def layer_norm_fwd(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None,
+                   y: Tensor, s: Tensor | None, eps: float) -> None:
+    C = x.size(-1)
+    launch_rows(layer_norm_fwd_kernel, x.numel() // C, triton.next_power_of_2(C),
+                x, residual, weight, bias, y, s, eps, C)
 
 
-@layer_norm_fwd.register_fake
-def layer_norm_fwd_like(x, weight, bias, residual, eps):
-    if residual is None:
-        return torch.empty_like(x), x.new_empty(0)
-    return torch.empty_like(x), torch.empty_like(x, dtype=torch.promote_types(x.dtype, residual.dtype))
+@custom_op("gpt::layer_norm_backward", mutates_args=("dx", "dresidual", "dparams"))
+def layer_norm_bwd(dy: Tensor, s: Tensor, weight: Tensor, ds: Tensor | None, dx: Tensor,
+                   dresidual: Tensor | None, dparams: Tensor, eps: float) -> None:
+    C = dy.size(-1)
+    launch_rows(layer_norm_bwd_kernel, dparams.size(1), triton.next_power_of_2(C),
+                dy, s, weight, ds, dx, dresidual, dparams, eps, dy.numel() // C, C)
 
 
-@custom_op("gpt::layer_norm_backward", mutates_args=())
-def layer_norm_bwd(dy: Tensor, ds: Tensor | None, s: Tensor, weight: Tensor, eps: float
-                   ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dresidual, (dweight, dbias)); dresidual is empty where dx serves for both."""
-    dx, dresidual, _ = layer_norm_bwd_like(dy, ds, s, weight, eps)
-    C, block = s.size(-1), triton.next_power_of_2(s.size(-1))
-    processors = torch.cuda.get_device_properties(s.device).multi_processor_count if s.is_cuda else 2
-    programs = min(s.numel() // C, processors * max(1, 8192 // block))      # each takes many rows
-    dparams = s.new_empty(2, programs, C, dtype=torch.float32)
-    with torch.cuda.device_of(s):
-        layer_norm_bwd_kernel[programs,](
-            dy, s, weight, ds, dx, dresidual if dresidual.numel() else None, dparams, eps, s.numel() // C,
-            C, block, num_warps=n_warps(block))
-    return dx, dresidual, dparams.sum(1).to(weight.dtype)
+class LayerNormFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, residual, weight, bias, eps):
+        y, s = torch.empty_like(x), None
+        if residual is not None:
+            s = torch.empty_like(x, dtype=torch.promote_types(x.dtype, residual.dtype))
+        layer_norm_fwd(x, residual, weight, bias, y, s, eps)
+        ctx.save_for_backward(x if s is None else s, weight)
+        ctx.eps, ctx.bias, ctx.residual = eps, bias is not None, None if s is None else residual.dtype
+        return y if s is None else (y, s)
 
-
-@layer_norm_bwd.register_fake
-def layer_norm_bwd_like(dy, ds, s, weight, eps):
-    dresidual = s.new_empty(0 if ds is None or s.dtype == dy.dtype else s.shape)
-    return torch.empty_like(dy), dresidual, weight.new_empty(2, s.size(-1))
-
-
-def layer_norm_save(ctx, inputs, output):
-    x, weight, ctx.bias, ctx.residual, ctx.eps = inputs
-    ctx.bias, ctx.residual = ctx.bias is not None, None if ctx.residual is None else ctx.residual.dtype
-    ctx.save_for_backward(output[1] if ctx.residual else x, weight)
-
-
-def layer_norm_grad(ctx, dy, ds):
-    ds = ds.contiguous() if ctx.residual else None
-    dx, dresidual, (dweight, dbias) = layer_norm_bwd(dy.contiguous(), ds, *ctx.saved_tensors, ctx.eps)
-    if ctx.residual:
-        ds = (dresidual if dresidual.numel() else dx).to(ctx.residual)
-    return dx, dweight, dbias if ctx.bias else None, ds, None
-
-
-layer_norm_fwd.register_autograd(layer_norm_grad, setup_context=layer_norm_save)
+    @staticmethod
+    def backward(ctx, dy, ds=None):
+        s, weight = ctx.saved_tensors
+        C = s.size(-1)
+        ds = None if ds is None else ds.contiguous()
+        dx = torch.empty_like(s, dtype=dy.dtype)
+        dresidual = None if ds is None else torch.empty_like(s, dtype=ctx.residual)
+        programs = min(s.numel() // C, max(128, 2**20 // C))        # they fill any GPU, with many rows each
+        dparams = s.new_empty(2, programs, C, dtype=torch.float32)
+        layer_norm_bwd(dy.contiguous(), s, weight, ds, dx, dresidual, dparams, ctx.eps)
+        dweight, dbias = dparams.sum(1).to(weight.dtype)
+        return dx, dresidual, dweight, dbias if ctx.bias else None, None
 
 
 def layer_norm(x, weight, bias=None, eps=1e-5, residual=None):
     """layer_norm_ref's contract, for C up to 8192: one pass over the rows, one more backward."""
     if not use_kernels(x):
         return layer_norm_ref(x, weight, bias, eps, residual)
-    if residual is None:
-        return layer_norm_fwd(x.contiguous(), weight, bias, None, eps)[0]
-    return layer_norm_fwd(x.contiguous(), weight, bias, residual.contiguous(), eps)
+    residual = None if residual is None else residual.contiguous()
+    return LayerNormFunction.apply(x.contiguous(), residual, weight, bias, eps)
 
 
-# ---------------------------------------------------------------------------------------------
-# attention
+# ---- attention
 #
 #   s_ij = q_i . k_j / sqrt(D) + slope * (j - i)    for j <= i, else -inf
 #   p_ij = exp(s_ij) / sum_j exp(s_ij)              softmax in fp32 whatever the input is
@@ -239,7 +209,7 @@ def attention_ref(q, k, v, slopes=None, dropout_p=0.0):
     (H,) or None. Returns (B, H, T, D) in v's dtype. With bf16 inputs q k^T is rounded to bf16.
     """
     T, D = q.shape[-2:]
-    i = torch.arange(k.size(2), device=q.device, dtype=at_least_fp32(q.dtype))
+    i = torch.arange(k.size(2), device=q.device, dtype=torch.promote_types(q.dtype, torch.float32))
     distance = i[None, :] - i[-T:, None]                                       # (T, S), j - i
     bias = 0 * distance if slopes is None else slopes[:, None, None] * distance     # or (H, T, S)
     bias = bias.masked_fill(distance > 0, -math.inf)                           # causal
@@ -272,46 +242,53 @@ def dot(a, b, acc=None):
 
 
 @jit
-def tile_at(x, start, ROWS: tl.constexpr, stride, T, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows start, start + 1, ... of x (T, D) as (ROWS, BLOCK_D): pointers, and which of them lie inside."""
+def tile_at(x, start, ROWS: tl.constexpr, stride, T, D: tl.constexpr):
+    """Rows start, start + 1, ... of x (T, D) as (ROWS, BLOCK_D): pointers, which rows and columns x has."""
+    BLOCK_D: tl.constexpr = 32 if D <= 32 else 64 if D <= 64 else 128
     row, d = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK_D)[None, :]
     x += tl.cast(start, tl.int64) * stride
-    return x + row * stride + d, (start + row < T) & (d < D)
+    return x + row * stride + d, start + row < T, d < D
 
 
 @jit
-def load_tile(x, start, ROWS: tl.constexpr, stride, T, D: tl.constexpr, BLOCK_D: tl.constexpr,
-              EDGE: tl.constexpr):
+def load_tile(x, start, ROWS: tl.constexpr, stride, T, D: tl.constexpr, EDGE: tl.constexpr):
     """A tile of x, zero beyond D and beyond T, which only a tile with EDGE may reach."""
-    at, inside = tile_at(x, start, ROWS, stride, T, D, BLOCK_D)
-    if EDGE or D < BLOCK_D:
-        return tl.load(at, inside if EDGE else (tl.arange(0, BLOCK_D) < D)[None, :], 0.0)
+    at, in_T, in_D = tile_at(x, start, ROWS, stride, T, D)
+    if EDGE or D < at.shape[1]:
+        return tl.load(at, in_T & in_D if EDGE else in_D, 0.0)
     else:
         return tl.load(at)
 
 
 @jit
-def this_head(slopes, seed, scale, T, H: tl.constexpr, D: tl.constexpr):
-    """Of this program: the offsets of its head in lse, qkv and y, its slope, and its key for dropout.
+def store_tile(x, values, start, ROWS: tl.constexpr, stride, T, D: tl.constexpr):
+    at, in_T, in_D = tile_at(x, start, ROWS, stride, T, D)
+    tl.store(at, values.to(x.dtype.element_ty), in_T & in_D)
+
+
+@jit
+def this_head(qkv, slopes, seed, scale, T, H: tl.constexpr, D: tl.constexpr):
+    """This program's q, k and v (T, D), its head's offset in qkv, y and lse, its slope, its dropout key.
 
     The grid is (heads of a group, tiles, groups), and programs start in this order: those at work
     share the k and v of one group of heads, which fit in the L2 cache.
     """
     bh = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
     b, h = (bh // H).to(tl.int64), bh % H
+    q_at, y_at, lse_at = (b * T * 3 * H + h) * D, (b * T * H + h) * D, bh * (tl.cdiv(T, 128) * 128)
+    q = qkv + q_at
     slope = 0.0 if slopes is None else tl.load(slopes + h) * (LOG2E / scale)
     key = 0 if seed is None else tl.randint(tl.load(seed), bh).to(tl.uint32, bitcast=True)
-    return bh * (tl.cdiv(T, 128) * 128), (b * T * 3 * H + h) * D, (b * T * H + h) * D, slope, key
+    return q, q + H * D, q + 2 * H * D, q_at, y_at, lse_at, slope, key
 
 
 @jit
 def dropout_mask(key, dropout_p, m, i, n, j):
     """Which weights of rows m + i and columns n + j survive dropout, by (seed, head, row, column) alone.
 
-    One call of Philox 2x32 (Salmon et al. 2011; 7 rounds pass their tests) gives 16 bits to each of
-    the four weights in rows i, i + 8 and columns j, j + 8. After a matrix instruction one thread holds
-    all four, also where the tile is transposed: the compiler makes the call once, and nothing moves
-    between threads.
+    One call of Philox 2x32 (Salmon et al. 2011; 7 rounds pass their tests) gives 16 bits to each of the four
+    weights in rows i, i + 8 and columns j, j + 8. After a matrix instruction one thread holds all four, also
+    where the tile is transposed: the compiler makes the call once, and nothing moves between threads.
     """
     a, b = (m + (i - (i & 8))).to(tl.uint32), (n + (j - (j & 8))).to(tl.uint32)
     for _ in tl.static_range(7):
@@ -327,21 +304,19 @@ def attention_fwd_kernel(
     qkv, slopes,                # (B, T, 3, H, D); (H,) fp32 or None
     seed, dropout_p,            # (1,) int64 or None for no dropout; a multiple of 2^-16
     y, lse,                     # (B, T, H, D); (B, H, T rounded up to 128) fp32: log2 sum_j 2^s_ij
-    scale, T, H: tl.constexpr, D: tl.constexpr,
-    BLOCK_D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, EDGE: tl.constexpr,
+    scale, T, H: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, EDGE: tl.constexpr,
 ):
-    lse_at, q_at, y_at, slope, key = this_head(slopes, seed, scale, T, H, D)
-    q, k, v = qkv + q_at, qkv + q_at + H * D, qkv + q_at + 2 * H * D
+    q, k, v, q_at, y_at, lse_at, slope, key = this_head(qkv, slopes, seed, scale, T, H, D)
     m = (tl.num_programs(1) - 1 - tl.program_id(1)) * M     # the longest rows first
     i, j = tl.arange(0, M)[:, None], tl.arange(0, N)[None, :]
-    q_m = load_tile(q, m, M, 3 * H * D, T, D, BLOCK_D, EDGE)
-    acc = tl.zeros((M, BLOCK_D), tl.float32)
+    q_m = load_tile(q, m, M, 3 * H * D, T, D, EDGE)
+    acc = tl.zeros(q_m.shape, tl.float32)
     l_i = tl.zeros((M,), tl.float32)                    # running sum_j p_ij
     m_i = tl.full((M,), -float("inf"), tl.float32)      # running max_j s_ij
     for diagonal in tl.static_range(2):
         shift = 0 if diagonal else -m
         for n in range(m if diagonal else 0, min(m + M, T) if diagonal else m, N):
-            k_n = load_tile(k, n, N, 3 * H * D, T, D, BLOCK_D, EDGE and diagonal)
+            k_n = load_tile(k, n, N, 3 * H * D, T, D, EDGE and diagonal)
             s = dot(q_m, tl.trans(k_n))                 # (M, N)
             if slopes is not None:
                 s += slope * (n - m // 128 * 128) + slope * j
@@ -354,12 +329,11 @@ def attention_fwd_kernel(
             m_i = m_ij
             if seed is not None:
                 p = tl.where(dropout_mask(key, dropout_p, m, i, n, j), p, 0.0)
-            v_n = load_tile(v, n, N, 3 * H * D, T, D, BLOCK_D, EDGE and diagonal)
+            v_n = load_tile(v, n, N, 3 * H * D, T, D, EDGE and diagonal)
             acc = dot(p.to(v_n.dtype), v_n, acc * alpha[:, None])
             shift += N
     tl.store(lse + lse_at + m + tl.arange(0, M), m_i + tl.log2(l_i))
-    at, inside = tile_at(y + y_at, m, M, H * D, T, D, BLOCK_D)
-    tl.store(at, (acc / (l_i * (1 - dropout_p))[:, None]).to(y.dtype.element_ty), inside)
+    store_tile(y + y_at, acc / (l_i * (1 - dropout_p))[:, None], m, M, H * D, T, D)
 
 
 @jit
@@ -367,26 +341,24 @@ def attention_bwd_dq_kernel(
     qkv, slopes, seed, dropout_p, y, lse,       # as the forward had and left them
     dy, dqkv,                   # like y, like qkv
     delta,                      # like lse: dy . y * (1 - dropout_p), for the pass over columns
-    scale, T, H: tl.constexpr, D: tl.constexpr,
-    BLOCK_D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, EDGE: tl.constexpr,
+    scale, T, H: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, EDGE: tl.constexpr,
 ):
-    lse_at, q_at, y_at, slope, key = this_head(slopes, seed, scale, T, H, D)
-    q, k, v = qkv + q_at, qkv + q_at + H * D, qkv + q_at + 2 * H * D
+    q, k, v, q_at, y_at, lse_at, slope, key = this_head(qkv, slopes, seed, scale, T, H, D)
     m = (tl.num_programs(1) - 1 - tl.program_id(1)) * M
     i, j = tl.arange(0, M)[:, None], tl.arange(0, N)[None, :]
-    q_m = load_tile(q, m, M, 3 * H * D, T, D, BLOCK_D, EDGE)
-    dy_m = load_tile(dy + y_at, m, M, H * D, T, D, BLOCK_D, EDGE)
-    y_m = load_tile(y + y_at, m, M, H * D, T, D, BLOCK_D, EDGE)
+    q_m = load_tile(q, m, M, 3 * H * D, T, D, EDGE)
+    dy_m = load_tile(dy + y_at, m, M, H * D, T, D, EDGE)
+    y_m = load_tile(y + y_at, m, M, H * D, T, D, EDGE)
     rows = lse_at + m + tl.arange(0, M)
     lse_m = tl.load(lse + rows)
     delta_m = tl.sum(dy_m.to(tl.float32) * y_m.to(tl.float32), 1) * (1 - dropout_p)
     tl.store(delta + rows, delta_m)
-    dq = tl.zeros((M, BLOCK_D), tl.float32)
+    dq = tl.zeros(q_m.shape, tl.float32)
     for diagonal in tl.static_range(2):
         shift = 0 if diagonal else -m
         for n in range(m if diagonal else 0, min(m + M, T) if diagonal else m, N):
-            k_n = load_tile(k, n, N, 3 * H * D, T, D, BLOCK_D, EDGE and diagonal)
-            v_n = load_tile(v, n, N, 3 * H * D, T, D, BLOCK_D, EDGE and diagonal)
+            k_n = load_tile(k, n, N, 3 * H * D, T, D, EDGE and diagonal)
+            v_n = load_tile(v, n, N, 3 * H * D, T, D, EDGE and diagonal)
             s = dot(q_m, tl.trans(k_n))                 # (M, N)
             if slopes is not None:
                 s += slope * (n - m // 128 * 128) + slope * j
@@ -399,30 +371,27 @@ def attention_bwd_dq_kernel(
             ds = p * (dp - delta_m[:, None])
             dq = dot(ds.to(k_n.dtype), k_n, dq)
             shift += N
-    at, inside = tile_at(dqkv + q_at, m, M, 3 * H * D, T, D, BLOCK_D)
-    tl.store(at, (dq * (scale / LOG2E / (1 - dropout_p))).to(dqkv.dtype.element_ty), inside)
+    store_tile(dqkv + q_at, dq * (scale / LOG2E / (1 - dropout_p)), m, M, 3 * H * D, T, D)
 
 
 @jit
 def attention_bwd_dkdv_kernel(
     qkv, slopes, seed, dropout_p, y, lse, dy, dqkv, delta,      # as for dq
-    scale, T, H: tl.constexpr, D: tl.constexpr,
-    BLOCK_D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, EDGE: tl.constexpr,
+    scale, T, H: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, EDGE: tl.constexpr,
 ):
-    lse_at, q_at, y_at, slope, key = this_head(slopes, seed, scale, T, H, D)
-    q, k, v = qkv + q_at, qkv + q_at + H * D, qkv + q_at + 2 * H * D
+    q, k, v, q_at, y_at, lse_at, slope, key = this_head(qkv, slopes, seed, scale, T, H, D)
     n = tl.program_id(1) * N                            # the longest columns first
     i, j = tl.arange(0, M)[None, :], tl.arange(0, N)[:, None]       # tiles are transposed: (N, M)
-    k_n = load_tile(k, n, N, 3 * H * D, T, D, BLOCK_D, EDGE)
-    v_n = load_tile(v, n, N, 3 * H * D, T, D, BLOCK_D, EDGE)
-    dk = tl.zeros((N, BLOCK_D), tl.float32)
-    dv = tl.zeros((N, BLOCK_D), tl.float32)
+    k_n = load_tile(k, n, N, 3 * H * D, T, D, EDGE)
+    v_n = load_tile(v, n, N, 3 * H * D, T, D, EDGE)
+    dk = tl.zeros(k_n.shape, tl.float32)
+    dv = tl.zeros(k_n.shape, tl.float32)
     for diagonal in tl.static_range(2):
         shift = 0 if diagonal else -N
         for m in range(n if diagonal else n + N, min(n + N, T) if diagonal else T, M):
             rows = lse_at + m + tl.arange(0, M)
-            q_m = load_tile(q, m, M, 3 * H * D, T, D, BLOCK_D, EDGE)
-            dy_m = load_tile(dy + y_at, m, M, H * D, T, D, BLOCK_D, EDGE)
+            q_m = load_tile(q, m, M, 3 * H * D, T, D, EDGE)
+            dy_m = load_tile(dy + y_at, m, M, H * D, T, D, EDGE)
             s = dot(k_n, tl.trans(q_m))                 # (N, M)
             if slopes is not None:
                 s += slope * (n - m // 128 * 128) + slope * j
@@ -438,16 +407,12 @@ def attention_bwd_dkdv_kernel(
             dv = dot(dropped_p.to(dy_m.dtype), dy_m, dv)
             dk = dot(ds.to(q_m.dtype), q_m, dk)
             shift -= M
-    at, inside = tile_at(dqkv + q_at, n, N, 3 * H * D, T, D, BLOCK_D)
-    tl.store(at + H * D, (dk * (scale / LOG2E / (1 - dropout_p))).to(dqkv.dtype.element_ty), inside)
-    tl.store(at + 2 * H * D, (dv / (1 - dropout_p)).to(dqkv.dtype.element_ty), inside)
+    dk_at = dqkv + q_at + H * D
+    store_tile(dk_at, dk * (scale / LOG2E / (1 - dropout_p)), n, N, 3 * H * D, T, D)
+    store_tile(dk_at + H * D, dv / (1 - dropout_p), n, N, 3 * H * D, T, D)
 
 
-def is_hopper(x):
-    return x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
-
-
-def tiles(qkv, D, dropout):
+def tiles(dtype, D, T, dropout, hopper):
     """(M, N, warps, stages) of the three kernels: large, but spilling no register (tests/tools/aot.py).
 
     They are fixed, not tuned at run time: other tiles round differently, and a resumed run must end
@@ -455,98 +420,91 @@ def tiles(qkv, D, dropout):
     started before the loop waits for it.
     """
     wide = D > 64
-    if qkv.dtype == torch.float32:
-        return dict(fwd=(16, 16, 8, 1) if wide else (32, 16, 4, 1),
-                    dq=(16, 16, 8, 1) if wide else (32, 32, 4, 1), dkdv=(16, 16, 4, 1))
-    if not is_hopper(qkv):
+    if dtype == torch.float32:
+        return dict(fwd=(16, 16, 8, 1) if wide else (16 if dropout else 32, 16, 4, 1),
+                    dq=(16, 16, 8, 1) if wide else (32, 16 if D <= 32 else 32, 4, 1), dkdv=(16, 16, 4, 1))
+    if not hopper:
         return dict(fwd=(128, 32, 8, 3) if wide else (64, 64, 4, 3), dq=(64, 32, 4, 3),
                     dkdv=(32, 32, 4, 3) if dropout else (32, 64, 8, 3))
     return dict(fwd=(128, 64, 8 if wide or dropout else 4, 3), dq=(128, 64, 8, 3),
-                dkdv=(32 if wide and dropout and qkv.size(1) % 128 else 64, 128, 8, 3))
+                dkdv=(32 if wide and dropout and T % 128 else 64, 128, 8, 3))
 
 
 CACHED = 12 * 2**20     # bytes of k and v that the L2 cache is left to hold
 
 
-def launch(kernel, name, qkv, n_head, slopes, seed, *args):
-    B, T, C3 = qkv.shape
-    D, BH = C3 // 3 // n_head, B * n_head
-    M, N, num_warps, num_stages = tiles(qkv, D, seed is not None)[name]
+def launch(kernel, name, qkv, slopes, seed, dropout_p, y, lse, *gradients):
+    (B, T, C), H = y.shape, lse.size(1)
+    D, BH = C // H, B * H
+    hopper = qkv.is_cuda and torch.cuda.get_device_capability(qkv.device) >= (9, 0)
+    M, N, num_warps, num_stages = tiles(qkv.dtype, D, T, seed is not None, hopper)[name]
     own = max(M, N)             # rows, or for dk and dv columns, of a program
     fit = max(1, CACHED // (2 * T * D * qkv.element_size()))            # heads whose k and v it holds
     groups = next(n for n in range(triton.cdiv(BH, fit), BH + 1) if BH % n == 0)
     with torch.cuda.device_of(qkv):
         kernel[BH // groups, triton.cdiv(T, own), groups](
-            qkv, slopes, seed, *args, LOG2E / math.sqrt(D), T, n_head, D, max(16, triton.next_power_of_2(D)),
-            M, N, T % own > 0, num_warps=num_warps, num_stages=num_stages)
+            qkv, slopes, seed, dropout_p, y, lse, *gradients, LOG2E / math.sqrt(D), T, H, D, M, N,
+            T % own > 0, num_warps=num_warps, num_stages=num_stages)
 
 
-@custom_op("gpt::attention", mutates_args=())
-def attention_fwd(qkv: Tensor, n_head: int, slopes: Tensor | None, seed: Tensor | None, dropout_p: float
-                  ) -> tuple[Tensor, Tensor]:
-    """(y, lse) of a contiguous qkv (B, T, 3C); y is (B, T, C)."""
-    y, lse = attention_fwd_like(qkv, n_head)
-    launch(attention_fwd_kernel, "fwd", qkv, n_head, slopes, seed, dropout_p, y, lse)
-    return y, lse
+@custom_op("gpt::attention", mutates_args=("y", "lse"))
+def attention_fwd(qkv: Tensor, slopes: Tensor | None, seed: Tensor | None, dropout_p: float, y: Tensor,
+                  lse: Tensor) -> None:
+    launch(attention_fwd_kernel, "fwd", qkv, slopes, seed, dropout_p, y, lse)
 
 
-@attention_fwd.register_fake
-def attention_fwd_like(qkv, n_head, *_):
-    B, T, C3 = qkv.shape
-    lse = qkv.new_zeros(B, n_head, (T + 127) // 128 * 128, dtype=torch.float32)
-    return qkv.new_empty(B, T, C3 // 3), lse
-
-
-@custom_op("gpt::attention_backward", mutates_args=())
-def attention_bwd(dy: Tensor, qkv: Tensor, slopes: Tensor | None, seed: Tensor | None, y: Tensor,
-                  lse: Tensor, n_head: int, dropout_p: float) -> Tensor:
-    """dqkv (B, T, 3C)."""
-    dqkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
-    args = qkv, n_head, slopes, seed, dropout_p, y, lse, dy, dqkv, delta
+@custom_op("gpt::attention_backward", mutates_args=("dqkv", "delta"))
+def attention_bwd(qkv: Tensor, slopes: Tensor | None, seed: Tensor | None, dropout_p: float, y: Tensor,
+                  lse: Tensor, dy: Tensor, dqkv: Tensor, delta: Tensor) -> None:
+    args = qkv, slopes, seed, dropout_p, y, lse, dy, dqkv, delta
     launch(attention_bwd_dq_kernel, "dq", *args)
     launch(attention_bwd_dkdv_kernel, "dkdv", *args)
-    return dqkv
 
 
-attention_bwd.register_fake(lambda dy, qkv, *_: torch.empty_like(qkv))
+class AttentionFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, qkv, n_head, slopes, seed, dropout_p):
+        B, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
+        y = qkv.new_empty(B, T, C)
+        lse = qkv.new_zeros(B, n_head, (T + 127) // 128 * 128, dtype=torch.float32)
+        attention_fwd(qkv, slopes, seed, dropout_p, y, lse)
+        ctx.dropout_p = dropout_p
+        ctx.save_for_backward(qkv, slopes, seed, y, lse)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        qkv, slopes, seed, y, lse = ctx.saved_tensors
+        dqkv, delta = torch.empty_like(qkv), torch.zeros_like(lse)
+        attention_bwd(qkv, slopes, seed, ctx.dropout_p, y, lse, dy.contiguous(), dqkv, delta)
+        return dqkv, None, None, None, None
 
 
-def attention_save(ctx, inputs, output):
-    qkv, ctx.n_head, slopes, seed, ctx.dropout_p = inputs
-    ctx.save_for_backward(qkv, slopes, seed, *output)
-
-
-def attention_grad(ctx, dy, _dlse):
-    dqkv = attention_bwd(dy.contiguous(), *ctx.saved_tensors, ctx.n_head, ctx.dropout_p)
-    return dqkv, None, None, None, None
-
-
-attention_fwd.register_autograd(attention_grad, setup_context=attention_save)
-
-
-def attention_qkv(qkv, n_head, slopes=None, dropout_p=0.0):
+def attention_qkv(qkv, n_head, slopes=None, dropout_p=0.0, past=None):
     """`attention` on the output of one projection: qkv (B, T, 3C) -> (B, T, C), heads side by side.
 
-    The kernels take memory in O(T) and D up to 128 (ModelError beyond), and round nothing to bf16 but
-    the weights on their way to v. dropout_p is rounded to a multiple of 2^-16; torch's generator of
-    the device gives the seed.
+    past: k and v of the tokens before, (B, H, S, D) each, to which these tokens' are added; a list,
+    empty at first. The kernels take memory in O(T) and D up to 128 (ModelError beyond), and round
+    nothing to bf16 but the weights on their way to v. dropout_p is rounded to a multiple of 2^-16;
+    torch's generator of the device gives the seed.
     """
     B, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
-    if not use_kernels(qkv):
-        q, k, v = qkv.view(B, T, 3, n_head, C // n_head).permute(2, 0, 3, 1, 4)     # each (B, H, T, D)
+    q, k, v = qkv.view(B, T, 3, n_head, C // n_head).permute(2, 0, 3, 1, 4)     # each (B, H, T, D)
+    if past is not None:
+        k, v = (torch.cat(pair, dim=2) for pair in zip(past, (k, v))) if past else (k, v)
+        past[:] = k, v
+    if T < k.size(2) or not use_kernels(qkv):           # few queries on kept keys need no kernel
         return attention_ref(q, k, v, slopes, dropout_p).transpose(1, 2).reshape(B, T, C)
     if C // n_head > 128:
         raise ModelError(f"heads of {C // n_head} channels: the kernels take up to 128; raise n_head")
     dropout_p = min(round(dropout_p * 2**16), 2**16 - 1) / 2**16
     seed = torch.randint(2**31, (1,), device=qkv.device) if dropout_p else None
-    return attention_fwd(qkv.contiguous(), n_head, slopes, seed, dropout_p)[0]
+    return AttentionFunction.apply(qkv.contiguous(), n_head, slopes, seed, dropout_p)
 
 
 def attention(q, k, v, slopes=None, dropout_p=0.0):
-    """attention_ref's contract; the kernels run where S = T."""
+    """attention_ref's contract for S = T."""
     B, H, T, D = q.shape
-    if not use_kernels(q) or T < k.size(2):             # few queries on kept keys need no kernel
-        return attention_ref(q, k, v, slopes, dropout_p)
     qkv = torch.stack((q, k, v)).permute(1, 3, 0, 2, 4).reshape(B, T, 3 * H * D)
     return attention_qkv(qkv, H, slopes, dropout_p).view(B, T, H, D).transpose(1, 2)
 
@@ -563,13 +521,12 @@ def alibi_slopes(n_head):
     return torch.tensor(slopes, dtype=torch.float32)
 
 
-# ---------------------------------------------------------------------------------------------
-# linear_cross_entropy
+# ---- linear_cross_entropy
 #
 #   loss_n = log sum_v exp(x_n . w_v) - x_n . w_target(n)
 #
-#   with p_nv = exp(x_n . w_v - log sum exp) and g_n the gradient that reaches loss_n:
-#   dlogits_nv = g_n (p_nv - [v = target(n)]),   dx = dlogits w,   dw = dlogits^T x
+#   with p_nv = exp(x_n . w_v - log sum exp), for the sum of the losses:
+#   dlogits_nv = p_nv - [v = target(n)],   dx = dlogits w,   dw = dlogits^T x
 
 
 def linear_cross_entropy_ref(x, weight, targets, reduction="mean", ignore_index=-1, vocab_size=None):
@@ -577,20 +534,18 @@ def linear_cross_entropy_ref(x, weight, targets, reduction="mean", ignore_index=
 
     x: (N, C); weight: (V, C), of which rows from vocab_size on are padding and take no
     probability; targets: (N,) of int64, `ignore_index` where there is none. reduction: "mean"
-    over the targets that count, or "none" for the (N,) losses.
+    over the targets that count, or "none" for the (N,) losses, which have no gradient.
     """
     logits = F.linear(x, weight[:vocab_size])                                  # (N, V)
-    return F.cross_entropy(logits.to(at_least_fp32(logits.dtype)), targets,
-                           ignore_index=ignore_index, reduction=reduction)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction=reduction)
 
 
 @jit
 def cross_entropy_kernel(
-    logits,                     # (N, V), columns from vocab_size on are padding; becomes its own gradient
-    targets,                    # (N,) int64
-    scale,                      # () fp32, the gradient that reaches each loss, or None: the losses alone
-    losses,                     # (N,) fp32
-    ignore_index, vocab_size, V, BLOCK_V: tl.constexpr,
+    logits,                     # (N, V), columns from vocab_size on are padding; GRADIENT: becomes dlogits
+    targets, losses,            # (N,) int64, (N,) fp32
+    ignore_index, vocab_size, GRADIENT: tl.constexpr, V, BLOCK_V: tl.constexpr,
 ):
     n = tl.program_id(0)
     logits += n.to(tl.int64) * V
@@ -608,9 +563,9 @@ def cross_entropy_kernel(
     lse = m_i + tl.log(l_i)
     hit = tl.load(logits + target, counts, 0.0).to(tl.float32)
     tl.store(losses + n, tl.where(counts, lse - hit, 0.0))
-    if scale is not None:
+    if GRADIENT:
         tl.debug_barrier()      # every thread has read its logit of the target
-        g = tl.where(counts, tl.load(scale), 0.0)
+        g = tl.where(counts, 1.0, 0.0)
         for v in range(0, V, BLOCK_V):
             x = tl.load(logits + v + cols, v + cols < V, 0.0).to(tl.float32)
             p = tl.where(v + cols < vocab_size, tl.exp2(x * LOG2E - lse * LOG2E), 0.0)
@@ -621,66 +576,61 @@ def cross_entropy_kernel(
 CHUNK = 2**27       # logits that exist at a time: 256 MiB of bf16
 
 
-@custom_op("gpt::linear_cross_entropy", mutates_args=())
-def lce(x: Tensor, weight: Tensor, targets: Tensor, scale: Tensor | None, ignore_index: int, vocab_size: int
-        ) -> tuple[Tensor, Tensor, Tensor]:
-    """(scale * losses.sum(), dx, dweight) or, without `scale`, (losses, empty, empty).
-
-    The logits exist for one chunk of rows at a time, and turn into their gradient while at hand.
-    """
+@custom_op("gpt::linear_cross_entropy", mutates_args=("losses", "dx", "dw"))
+def lce(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, vocab_size: int,
+        losses: Tensor, dx: Tensor | None, dw: Tensor | None) -> None:
+    """Losses, and unless dx is None their sum's gradients. A chunk's logits become dlogits while at hand."""
     N, V = x.size(0), weight.size(0)
     chunk, block = triton.cdiv(N, triton.cdiv(N * V, CHUNK)), min(8192, triton.next_power_of_2(V))
-    losses = x.new_empty(N, dtype=torch.float32)
-    dx = x.new_empty(0 if scale is None else x.shape)
-    dw = weight.new_zeros(0 if scale is None else weight.shape, dtype=torch.float32)
     w, targets, buffer = weight.to(x.dtype), targets.contiguous(), x.new_empty(chunk, V)
     for n in range(0, N, chunk):
         rows = slice(n, min(n + chunk, N))
         logits = torch.mm(x[rows], w.t(), out=buffer[:rows.stop - n])          # (chunk, V)
-        with torch.cuda.device_of(x):
-            cross_entropy_kernel[(len(logits),)](logits, targets[rows], scale, losses[rows], ignore_index,
-                                                 vocab_size, V, block, num_warps=n_warps(block))
-        if scale is None:
+        launch_rows(cross_entropy_kernel, len(logits), block,
+                    logits, targets[rows], losses[rows], ignore_index, vocab_size, dx is not None, V)
+        if dx is None:
             continue
         torch.mm(logits, w, out=dx[rows])
         if x.is_cuda and x.dtype != torch.float32:      # bf16 operands, their products summed in fp32
             torch.addmm(dw, logits.t(), x[rows], out_dtype=torch.float32, out=dw)
         else:
             dw.addmm_(logits.t().float(), x[rows].float())
-    return losses if scale is None else losses.sum() * scale, dx, dw.to(weight.dtype)
 
 
-@lce.register_fake
-def _(x, weight, targets, scale, ignore_index, vocab_size):
-    if scale is None:
-        return x.new_empty(x.size(0), dtype=torch.float32), x.new_empty(0), weight.new_empty(0)
-    return x.new_empty((), dtype=torch.float32), torch.empty_like(x), torch.empty_like(weight)
+class LinearCrossEntropyFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, *args):
+        losses, dx = x.new_empty(x.size(0), dtype=torch.float32), torch.empty_like(x)
+        dw = torch.zeros_like(weight, dtype=torch.float32)
+        lce(x, weight, *args, losses, dx, dw)
+        ctx.save_for_backward(dx, dw.to(weight.dtype))
+        return losses.sum()
 
-
-lce.register_autograd(lambda ctx, g, *_: (*(grad * g for grad in ctx.saved_tensors), None, None, None, None),
-                      setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*output[1:]))
+    @staticmethod
+    def backward(ctx, g):
+        dx, dw = ctx.saved_tensors
+        return dx * g, dw * g, None, None, None
 
 
 def linear_cross_entropy(x, weight, targets, reduction="mean", ignore_index=-1, vocab_size=None):
     """linear_cross_entropy_ref's contract, without ever holding the (N, V) logits.
 
     The mean finds its gradients in the forward pass, while a chunk's logits are at hand: three
-    products with the weight, not four (as Liger-Kernel does, arXiv:2410.10989). "none" is for
-    evaluation and has no gradient.
+    products with the weight, not four (as Liger-Kernel does, arXiv:2410.10989).
     """
     if reduction == "none":
         x, weight = x.detach(), weight.detach()
     if not use_kernels(x):
         return linear_cross_entropy_ref(x, weight, targets, reduction, ignore_index, vocab_size)
-    count = (targets != ignore_index).sum()
-    with_gradient = reduction == "mean" and torch.is_grad_enabled()
-    scale = 1 / count if with_gradient else None
-    loss = lce(x, weight, targets, scale, ignore_index, vocab_size or weight.size(0))[0]
-    return loss if with_gradient or reduction == "none" else loss.sum() / count
+    args = x, weight, targets, ignore_index, vocab_size or weight.size(0)
+    if reduction == "mean" and torch.is_grad_enabled():
+        return LinearCrossEntropyFunction.apply(*args) / (targets != ignore_index).sum()
+    losses = x.new_empty(x.size(0), dtype=torch.float32)
+    lce(*args, losses, None, None)
+    return losses if reduction == "none" else losses.sum() / (targets != ignore_index).sum()
 
 
-# ---------------------------------------------------------------------------------------------
-# The model
+# ---- The model
 
 
 @dataclass
@@ -700,8 +650,7 @@ class GPTConfig:
             if getattr(self, key) < 1:
                 raise ModelError(f"{key}={getattr(self, key)}: expected at least 1")
         if self.n_embd % self.n_head:
-            raise ModelError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: "
-                             "every head takes an equal share of the channels")
+            raise ModelError(f"n_embd={self.n_embd}: expected a multiple of n_head={self.n_head}")
         if self.pos not in ("learned", "alibi"):
             raise ModelError(f'pos="{self.pos}": expected "learned" or "alibi"')
         if not 0 <= self.dropout < 1:
@@ -712,63 +661,32 @@ class GPTConfig:
         return 64 * math.ceil(self.vocab_size / 64)     # matrix units like even shapes
 
 
-class LayerNorm(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(config.n_embd))
-        self.bias = nn.Parameter(torch.zeros(config.n_embd)) if config.bias else None
-
+class LayerNorm(nn.LayerNorm):
     def forward(self, x, residual=None):
-        return layer_norm(x, self.weight, self.bias, residual=residual)
-
-
-class Attention(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.config = config
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-
-    def forward(self, x, slopes, past=None):
-        B, T, C = x.shape
-        H, dropout_p = self.config.n_head, self.config.dropout if self.training else 0.0
-        qkv = self.c_attn(x)                                        # (B, T, 3C)
-        if past is None:
-            y = attention_qkv(qkv, H, slopes, dropout_p)            # (B, T, C)
-        else:       # past: k and v of the tokens before, (B, H, S, D) each, to which these are added
-            q, k, v = qkv.view(B, T, 3, H, C // H).permute(2, 0, 3, 1, 4)       # each (B, H, T, D)
-            k, v = (torch.cat(pair, dim=2) for pair in zip(past, (k, v))) if past else (k, v)
-            past[:] = k, v
-            y = attention(q, k, v, slopes, dropout_p).transpose(1, 2).reshape(B, T, C)
-        return F.dropout(self.c_proj(y), self.config.dropout, self.training)
-
-
-class MLP(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.config = config
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
-
-    def forward(self, x):
-        gelu = "tanh" if self.config.pos == "learned" else "none"   # GPT-2's and MPT's
-        x = self.c_proj(F.gelu(self.c_fc(x), approximate=gelu))     # (B, T, 4C) inside
-        return F.dropout(x, self.config.dropout, self.training)
+        return layer_norm(x, self.weight, self.bias, self.eps, residual)
 
 
 class Block(nn.Module):
+    """A layer: attention, then an MLP, each on the normalised stream and added to it."""
+
     def __init__(self, config):
         super().__init__()
-        self.ln_1 = LayerNorm(config)
-        self.attn = Attention(config)
-        self.ln_2 = LayerNorm(config)
-        self.mlp = MLP(config)
+        self.config, C, bias = config, config.n_embd, config.bias
+        self.ln_1 = LayerNorm(C, bias=bias)
+        self.attn = nn.ModuleDict(dict(c_attn=nn.Linear(C, 3 * C, bias), c_proj=nn.Linear(C, C, bias)))
+        self.ln_2 = LayerNorm(C, bias=bias)
+        self.mlp = nn.ModuleDict(dict(c_fc=nn.Linear(C, 4 * C, bias), c_proj=nn.Linear(4 * C, C, bias)))
 
     def forward(self, x, branch, slopes, past=None):
         """x: the stream (B, T, C); branch: what the layer before still adds to it, or None. Both anew."""
+        dropout_p = self.config.dropout if self.training else 0.0
+        gelu = "tanh" if self.config.pos == "learned" else "none"               # GPT-2's and MPT's
         h, x = (self.ln_1(x), x) if branch is None else self.ln_1(branch, residual=x)
-        h, x = self.ln_2(self.attn(h, slopes, past), residual=x)
-        return x, self.mlp(h)
+        h = attention_qkv(self.attn.c_attn(h), self.config.n_head, slopes, dropout_p, past)
+        h = F.dropout(self.attn.c_proj(h), dropout_p)                           # (B, T, C)
+        h, x = self.ln_2(h, residual=x)
+        h = F.gelu(self.mlp.c_fc(h), approximate=gelu)                          # (B, T, 4C)
+        return x, F.dropout(self.mlp.c_proj(h), dropout_p)
 
 
 class GPT(nn.Module):
@@ -785,7 +703,7 @@ class GPT(nn.Module):
         self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.pos == "learned" else None
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = LayerNorm(config)
+        self.ln_f = LayerNorm(config.n_embd, bias=config.bias)
         slopes = alibi_slopes(config.n_head) if config.pos == "alibi" else None
         self.register_buffer("slopes", slopes, persistent=False)
         self.checkpointing = False      # recompute each layer in the backward instead of keeping it
@@ -847,8 +765,7 @@ class GPT(nn.Module):
             if block_size > self.config.block_size:
                 raise ModelError(f"block_size={block_size}: learned positions end at "
                                  f"block_size={self.config.block_size}")
-            kept = self.wpe.weight[:block_size].detach().clone()
-            self.wpe = nn.Embedding.from_pretrained(kept, freeze=False)
+            self.wpe.weight = nn.Parameter(self.wpe.weight[:block_size].detach().clone())
         self.config.block_size = block_size
 
     @torch.no_grad()
@@ -858,50 +775,28 @@ class GPT(nn.Module):
         top_k: only the k most likely tokens; top_p: only the fewest most likely tokens that have this
         probability together (Holtzman et al. 2020, arXiv:1904.09751).
         """
-        cache, new = [[] for _ in self.h], idx[:, -self.config.block_size:]
-        for _ in range(max_new_tokens):
-            x = self.hidden(new, cache)[:, -1]                                  # (B, C)
-            logits = F.linear(x, self.wte.weight[:self.config.vocab_size]).float()
+        block_size, V = self.config.block_size, self.config.vocab_size
+        for i in range(max_new_tokens):
+            if i == 0 or idx.size(1) > block_size:      # a window that slides changes every position
+                cache, token = [[] for _ in self.h], idx[:, -block_size:]
+            x = self.hidden(token, cache)[:, -1]                                # (B, C)
+            logits = F.linear(x, self.wte.weight[:V]).float()                   # (B, V)
             if temperature == 0:
                 token = logits.argmax(-1, keepdim=True)
             else:
                 if top_k is not None:
-                    kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
-                    logits[logits < kth] = -math.inf
+                    logits[logits < logits.topk(min(top_k, V)).values[:, -1:]] = -math.inf
                 p = torch.softmax(logits / temperature, dim=-1)
                 if top_p is not None:
                     ranked, tokens = p.sort(dim=-1, descending=True)
                     ranked[ranked.cumsum(-1) - ranked >= top_p] = 0         # those before it are enough
                     p = torch.zeros_like(p).scatter(-1, tokens, ranked)
-                token = torch.multinomial(p, 1, generator=generator)
-            idx, new = torch.cat((idx, token), dim=1), token
-            if idx.size(1) > self.config.block_size:    # the window slides: every position changes
-                cache, new = [[] for _ in self.h], idx[:, -self.config.block_size:]
+                token = torch.multinomial(p, 1, generator=generator)            # (B, 1)
+            idx = torch.cat((idx, token), dim=1)
         return idx
 
-    @torch.no_grad()
-    def total_loss(self, tokens, starts, block_size, batch_size, autocast=nullcontext()):
-        """Sum of the losses in nats over the windows tokens[s : s + block_size + 1], s in starts.
 
-        tokens: a numpy array (n,) of integers; a window past its end is shorter. The first token of a
-        window is only context. Draws no random number, in training mode too.
-        """
-        training = self.training
-        self.eval()
-        total = torch.zeros((), dtype=torch.float64)
-        for i in range(0, len(starts), batch_size):
-            windows = [tokens[s:s + block_size + 1].astype("int64") for s in starts[i:i + batch_size]]
-            rows = pad_sequence(list(map(torch.from_numpy, windows)), batch_first=True, padding_value=-1)
-            rows = rows.to(self.wte.weight.device)              # (B, T + 1), -1 after a short window
-            with autocast:
-                losses = self(rows[:, :-1].clamp(min=0), rows[:, 1:], reduction="none")     # (B, T)
-            total += losses.cpu().double().sum()
-        self.train(training)
-        return total.item()
-
-
-# ---------------------------------------------------------------------------------------------
-# Checkpoints
+# ---- Checkpoints
 
 
 def atomic_save(obj, path):
@@ -940,7 +835,7 @@ def load(source, device="cpu"):
     config, meta = checkpoint["config"], checkpoint["meta"]
     if wrong := config.keys() ^ {f.name for f in fields(GPTConfig)}:
         raise ModelError(f"{source}: its config and GPTConfig differ in {', '.join(sorted(wrong))}")
-    if meta.get("tokenizer") not in TOKENIZERS:
+    if meta.get("tokenizer") not in TOKENS:
         raise ModelError(f"{source}: tokenizer={meta.get('tokenizer')} in its meta, expected gpt2 or bytes; "
                          "torch.load it, correct that, and torch.save it")
     return build(GPTConfig(**config), checkpoint["model"], source).to(device).eval(), meta
@@ -969,18 +864,15 @@ def build(config, weights, source):
     return model
 
 
-# ---------------------------------------------------------------------------------------------
-# Hugging Face, in and out, by transformers
+# ---- Hugging Face, in and out, by transformers
 
 # what config.json must say where transformers ignores it, or where the logits may hardly show it
-HF_FIXED = {"gpt2": dict(activation_function="gelu_new", layer_norm_epsilon=1e-5),
-            "mpt": dict(layer_norm_epsilon=1e-5, expansion_ratio=4, no_bias=True, logit_scale=None,
-                        alibi=True, alibi_bias_max=8, clip_qkv=None, qk_ln=False)}
-# a text that other tokenizers cut differently
-PROBE = "It's 12,345 O'Clock\r\n\n naïve  cafe\u0301 🙂 "
-TOKENIZERS = {"gpt2": (50257, [1026, 338, 1105, 11, 27712, 440, 6, 44758, 201, 628, 41492, 220, 26725, 136,
-                               223, 32485, 220]),
-              "bytes": (257, list(PROBE.encode()))}
+FIXED = dict(gpt2=dict(layer_norm_epsilon=1e-5, activation_function="gelu_new"),
+             mpt=dict(layer_norm_epsilon=1e-5, logit_scale=None, alibi=True, alibi_bias_max=8, clip_qkv=None))
+# what each tokenizer makes of a text that others cut differently, and of its last token
+PROBE = "It's 12,345 O'Clock\r\n\n naïve  e\u0301 🙂"
+TOKENS = {"bytes": [*PROBE.encode(), 256], "gpt2": [
+    1026, 338, 1105, 11, 27712, 440, 6, 44758, 201, 628, 41492, 220, 304, 136, 223, 32485, 50256]}
 
 
 @contextmanager
@@ -998,10 +890,9 @@ def hugging_face(source):
         raise ModelError(f"{source}: {' '.join(str(e).split())[:300]}{advice}")
 
 
-def hf_layout(config, name, p):
-    """GPT-2's linear layers are Conv1D at Hugging Face, (in, out) where ours are (out, in). Either way."""
-    conv1d = config.pos == "learned" and ".c_" in name and p.dim() == 2
-    return p.detach().t().contiguous() if conv1d else p.detach()
+def hf_layout(name, p):
+    """A weight in the other's layout: Hugging Face, whose name it is, has GPT-2's c_NAME as (in, out)."""
+    return p.detach().t().contiguous() if ".c_" in name and p.dim() == 2 else p.detach()
 
 
 def from_hugging_face(source):
@@ -1009,13 +900,10 @@ def from_hugging_face(source):
     model that computes other logits than a GPT with its weights does."""
     with hugging_face(source) as transformers:
         theirs = transformers.AutoConfig.from_pretrained(source)
-    kind = theirs.model_type
-    if kind not in HF_FIXED:
-        raise ModelError(f"{source}: model_type={kind}, expected gpt2 or mpt")
     settings = theirs.to_dict() | theirs.to_dict().get("attn_config", {})
-    for key, value in HF_FIXED[kind].items():
+    for key, value in FIXED.get(theirs.model_type, {"model_type": "gpt2 or mpt"}).items():
         if settings[key] != value:
-            raise ModelError(f"{source}: {key}={settings[key]} in config.json, this model has {value}")
+            raise ModelError(f"{source}: {key}={settings[key]} in config.json, expected {value}")
 
     with hugging_face(source) as transformers:
         hf, loading = transformers.AutoModelForCausalLM.from_pretrained(
@@ -1025,23 +913,22 @@ def from_hugging_face(source):
     if faults:
         raise ModelError(f"{source}: config.json and the weights disagree about {min(map(str, faults))}")
 
+    learned = theirs.model_type == "gpt2"
     block_size = settings.get("n_positions") or settings.get("block_size") or settings["max_seq_len"]
     config = GPTConfig(block_size, theirs.vocab_size, theirs.num_hidden_layers, theirs.num_attention_heads,
-                       theirs.hidden_size, bias=kind == "gpt2", pos="learned" if kind == "gpt2" else "alibi")
+                       theirs.hidden_size, bias=learned, pos="learned" if learned else "alibi")
     with torch.device("meta"):
-        names = list(GPT(config).state_dict())      # their parameters come in the same order
+        names = GPT(config).state_dict()        # their parameters come in the same order
     # clone: theirs may be the file itself, mapped, which somebody may write anew
-    weights = {name: hf_layout(config, name, p).clone() for name, p in zip(names, hf.parameters())}
-    padding = config.padded_vocab_size - config.vocab_size
-    weights["wte.weight"] = F.pad(weights["wte.weight"], (0, 0, 0, padding))
+    weights = {name: hf_layout(key, p).clone() for name, (key, p) in zip(names, hf.named_parameters())}
+    weights["wte.weight"] = F.pad(weights["wte.weight"], (0, 0, 0, -config.vocab_size % 64))
     model = build(config, weights, source)
     idx = torch.arange(min(64, block_size))[None] * 997 % config.vocab_size         # (1, T)
     with torch.no_grad():
         logits = hf(idx).logits                                                     # (1, T, V)
         difference = (model(idx) - logits).abs().max() / logits.abs().max()
     if not difference < 1e-3:       # rounding makes about 1e-6
-        raise ModelError(f"{source}: its logits differ from this model's by {difference:.1%}: "
-                         "config.json asks for something that this model does not have")
+        raise ModelError(f"{source}: it computes other logits than this model ({difference:.1%} apart)")
     return model
 
 
@@ -1051,20 +938,17 @@ GPT.from_pretrained = staticmethod(from_hugging_face)
 def hugging_face_tokenizer(source):
     """Which of prepare.py's tokenizers a Hugging Face source has: "gpt2" or "bytes". Raises ModelError."""
     with hugging_face(source) as transformers:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-        found = len(tokenizer), tokenizer.encode(PROBE, add_special_tokens=False)
-        eot = tokenizer.convert_tokens_to_ids("<|endoftext|>")
-    for name, expected in TOKENIZERS.items():
-        if found == expected and eot == expected[0] - 1:
+        theirs = transformers.AutoTokenizer.from_pretrained(source)
+        tokens = theirs.encode(PROBE + "<|endoftext|>", add_special_tokens=False)
+    for name, ours in TOKENS.items():
+        if tokens == ours and len(theirs) == ours[-1] + 1:
             return name
-    raise ModelError(f"{source}: its tokenizer ({found[0]} tokens) is missing, or neither GPT-2's nor bytes")
+    raise ModelError(f"{source}: its tokenizer ({len(theirs)} tokens) is missing, or not GPT-2's or bytes")
 
 
 def export(model, folder, tokenizer):
-    """Write model and tokenizer (a tiktoken.Encoding) as a Hugging Face folder. Raises ModelError.
-
-    AutoModelForCausalLM and AutoTokenizer load it, and llama.cpp converts it.
-    """
+    """Write model and tokenizer (a tiktoken.Encoding) as a folder that AutoModelForCausalLM and AutoTokenizer
+    load, and llama.cpp converts. Raises ModelError."""
     config, T = model.config, model.config.block_size
     if config.bias != (config.pos == "learned"):
         raise ModelError(f"pos={config.pos} with bias={config.bias} is no Hugging Face architecture: "
@@ -1082,8 +966,8 @@ def export(model, folder, tokenizer):
                                             use_cache=True)
         with torch.device("meta"):
             hf = transformers.AutoModelForCausalLM.from_config(theirs)
-        weights = {key: hf_layout(config, name, p)[:len(q)].float().cpu()       # without the padding
-                   for (name, p), (key, q) in zip(model.named_parameters(), hf.named_parameters())}
+        weights = {key: hf_layout(key, p)[:len(q)].float().cpu()        # without the padding
+                   for p, (key, q) in zip(model.parameters(), hf.named_parameters())}
         hf.save_pretrained(folder, state_dict=weights)
         if config.pos == "alibi":       # as llama.cpp spells it; transformers looks at model_type
             hf.config.architectures = ["MPTForCausalLM"]
@@ -1105,19 +989,15 @@ def hf_tokenizer(tokenizer, model_max_length):
     return GPT2Tokenizer(vocab=vocab, merges=merges, model_max_length=model_max_length)
 
 
-def main(argv):
+if __name__ == "__main__":
+    from prepare import DataError, Parser, get_tokenizer        # not needed as a module
     parser = Parser("Write a checkpoint as a Hugging Face folder: config, weights and tokenizer.")
     parser.add_argument("checkpoint", help="a .pt of train.py or grow.py")
     parser.add_argument("--export", required=True, metavar="DIR", help="the folder, e.g. hf/1.1B")
-    args = parser.parse_args(argv)
-    model, meta = load(args.checkpoint)
-    export(model, args.export, get_tokenizer(meta["tokenizer"]))
-    print(f'AutoModelForCausalLM.from_pretrained("{args.export}") loads it; {meta["tokenizer"]} tokens')
-
-
-if __name__ == "__main__":
-    from prepare import DataError, Parser, get_tokenizer        # not needed as a module
+    args = parser.parse_args()
     try:
-        main(sys.argv[1:])
+        model, meta = load(args.checkpoint)
+        export(model, args.export, get_tokenizer(meta["tokenizer"]))
     except (ModelError, DataError, OSError) as e:
         sys.exit(f"model.py: {e}")
+    print(f'AutoModelForCausalLM.from_pretrained("{args.export}") loads it; {meta["tokenizer"]} tokens')

@@ -34,6 +34,9 @@ def convert_float(data, source, target, rounding, original=interpreter._convert_
 
 
 interpreter._convert_float = convert_float
+# A launch prepares the modules that it sees; that each function it calls prepares them again is most of the time
+m.core = tl.core
+interpreter.InterpretedFunction.__call__ = lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs)
 
 
 def test_the_kernels_are_what_runs():
@@ -76,7 +79,8 @@ def torch_attention(slopes):
     (torch.bfloat16, 1, 64, 3), (torch.bfloat16, 77, 80, 2), (torch.bfloat16, 130, 128, 1), (torch.bfloat16, 140, 32, 1)])
 @pytest.mark.parametrize("alibi", [True, False])
 def test_attention(dtype, T, D, H, alibi, monkeypatch):
-    monkeypatch.setattr(m, "is_hopper", lambda x: D == 32)      # its tiles are larger
+    tiles = m.tiles
+    monkeypatch.setattr(m, "tiles", lambda *args: tiles(*args[:-1], D == 32))       # Hopper's are larger
     torch.manual_seed(T)
     q, k, v = torch.randn(3, 1, H, T, D).to(dtype)
     slopes = m.alibi_slopes(H) if alibi else None
@@ -293,16 +297,19 @@ def test_losses_without_reduction_have_no_gradient(dtype):
 
 def test_operators_are_registered_as_torch_wants_them():
     """torch.library.opcheck: schema, shapes without data, autograd, and tracing by torch.compile."""
-    qkv = torch.randn(1, 3, 3 * 1 * 16, requires_grad=True)
-    x, w, b = (torch.randn(*shape, requires_grad=True) for shape in ((2, 24), (24,), (24,)))
-    head, targets = torch.randn(30, 24, requires_grad=True), torch.randint(0, 30, (2,))
+    qkv, y, lse = torch.randn(1, 3, 3 * 1 * 16), torch.zeros(1, 3, 16), torch.zeros(1, 1, 128)
+    dropped = m.alibi_slopes(1), torch.tensor([7]), 0.125
+    (x, r, y2, s2, dx), w = torch.randn(5, 2, 24), torch.randn(24)
+    head, targets = torch.randn(30, 24), torch.randint(0, 30, (2,))
     for op, args in (
-            (m.attention_fwd, (qkv, 1, m.alibi_slopes(1), torch.tensor([7]), 0.125)),
-            (m.attention_fwd, (qkv, 1, None, None, 0.0)),
-            (m.layer_norm_fwd, (x, w, b, torch.randn(2, 24, requires_grad=True), 1e-5)),
-            (m.layer_norm_fwd, (x, w, None, None, 1e-5)),
-            (m.lce, (x, head, targets, torch.tensor(0.25), -1, 28)),
-            (m.lce, (x.detach(), head.detach(), targets, None, -1, 28))):
+            (m.attention_fwd, (qkv, *dropped, y, lse)),
+            (m.attention_fwd, (qkv, None, None, 0.0, y, lse)),
+            (m.attention_bwd, (qkv, *dropped, y, lse, torch.randn(1, 3, 16), qkv.clone(), lse.clone())),
+            (m.layer_norm_fwd, (x, r, w, w, y2, s2, 1e-5)),
+            (m.layer_norm_fwd, (x, None, w, None, y2, None, 1e-5)),
+            (m.layer_norm_bwd, (y2, x, w, r, dx, s2, torch.zeros(2, 2, 24), 1e-5)),
+            (m.lce, (x, head, targets, -1, 28, torch.zeros(2), dx, torch.zeros(30, 24))),
+            (m.lce, (x, head, targets, -1, 28, torch.zeros(2), None, None))):
         torch.library.opcheck(op, args)
 
 

@@ -384,17 +384,6 @@ def test_greedy_generation_takes_the_likeliest_token():
     assert torch.equal(model.generate(start, 9, top_p=1e-9), idx)
 
 
-@pytest.mark.parametrize("mode", ["train", "eval"])
-def test_total_loss_counts_every_window(mode):
-    torch.manual_seed(0)
-    model = getattr(GPT(GPTConfig(**TINY, dropout=0.5)), mode)()
-    tokens = torch.randint(0, 9, (21,))
-    total = model.total_loss(tokens.numpy().astype("uint16"), [0, 8, 16], 8, batch_size=2)
-    assert model.training == (mode == "train")
-    logits = torch.cat([model.eval()(tokens[None, s:s + 8])[0] for s in (0, 8, 16)])[:20]
-    assert total == pytest.approx(F.cross_entropy(logits, tokens[1:], reduction="sum").item(), rel=1e-5)
-
-
 @pytest.mark.parametrize("wrong", [dict(n_embd=10, n_head=4), dict(pos="rotary"), dict(n_layer=0), dict(dropout=1.0)])
 def test_impossible_shapes_are_refused(wrong):
     with pytest.raises(ModelError, match=list(wrong)[0]):

@@ -2,6 +2,7 @@
 
     python tests/tools/aot.py sm_90           a few builds: what tests/test_kernels.py runs
     python tests/tools/aot.py sm_90 --all     every head size, with and without ALiBi, dropout and ragged T
+    python tests/tools/aot.py sm_90 --all 64  attention with heads of 64 alone, in minutes
 
 The operators run as they would on the device, up to the launch: each kernel is compiled with the
 arguments, types and tile sizes it would get, and disassembled. The columns:
@@ -163,7 +164,8 @@ def builds(arch, cases):
     driver.set_active(Absent(arch))
     triton.knobs.compilation.always_compile = True      # ptxas says what it serialized only as it compiles
     triton.knobs.nvidia.dump_ptxas_log = True
-    m.use_kernels, m.is_hopper = lambda x: True, lambda x: arch == 90
+    tiles = m.tiles
+    m.use_kernels, m.tiles = lambda x: True, lambda *args: tiles(*args[:-1], arch == 90)
     for name in [name for name in vars(m) if name.endswith("_kernel")]:
         setattr(m, name, Build(getattr(m, name), built))
     for function, *case in cases:
@@ -174,14 +176,15 @@ def builds(arch, cases):
         built.clear()
 
 
-def main(arch, everything):
+def main(arch, everything, sizes):
     bf16, fp32 = torch.bfloat16, torch.float32
     cases = [(attention, 128, bf16, True, 0.1, 1024), (cross_entropy, 50257, bf16)]
     if arch == 90:
         cases += [(attention, 64, bf16, False, 0, 1000), (layer_norm, 768, bf16, fp32, True)]
     if everything:
         cases = [(attention, *case) for case in itertools.product(
-            (64, 128, 80, 32, 96), (bf16, fp32), (True, False), (0, 0.1), (1024, 1000))]
+            sizes or (64, 128, 80, 32, 96), (bf16, fp32), (True, False), (0, 0.1), (1024, 1000))]
+    if everything and not sizes:
         cases += [(layer_norm, C, *case) for C in (768, 1536, 8192)
                   for case in ((bf16, fp32, True), (bf16, bf16, False), (fp32, None, True))]
         cases += [(cross_entropy, V, dtype) for V in (257, 50257) for dtype in (bf16, fp32)]
@@ -198,6 +201,7 @@ def main(arch, everything):
 
 if __name__ == "__main__":
     target, *words = sys.argv[1:] or [""]
-    if target not in ("sm_80", "sm_90") or words not in ([], ["--all"]):
+    sizes = [int(word) for word in words[1:] if word.isdecimal()]
+    if target not in ("sm_80", "sm_90") or words not in ([], ["--all", *map(str, sizes)]):
         sys.exit(__doc__)
-    sys.exit(main(int(target[3:]), bool(words)))
+    sys.exit(main(int(target[3:]), bool(words), sizes))

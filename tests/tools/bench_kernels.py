@@ -111,17 +111,19 @@ def tile_rows(D):
     tiles, T, H = m.tiles, 1024, WIDTH // D
     by_rows, by_columns = ((64, 64), (128, 32), (128, 64), (128, 128)), ((32, 64), (64, 64), (32, 128), (64, 128))
     qkv = torch.randn(max(1, TOKENS // T), T, 3 * H * D, device=DEVICE, dtype=torch.bfloat16)
-    slopes = m.alibi_slopes(H).to(DEVICE)
+    slopes, hopper = m.alibi_slopes(H).to(DEVICE), torch.cuda.get_device_capability() >= (9, 0)
+    y, lse = torch.empty_like(qkv[..., :WIDTH]), torch.zeros(len(qkv), H, T, device=DEVICE)
+    gradients = torch.ones_like(y), torch.empty_like(qkv), torch.empty_like(lse)
     for dropout_p in (0.0, 0.125):
         seed = torch.ones(1, dtype=torch.int64, device=DEVICE) if dropout_p else None
-        y, lse = m.attention_fwd(qkv, H, slopes, seed, dropout_p)
-        ours = tiles(qkv, D, dropout_p > 0)
+        args, ours = (qkv, slopes, seed, dropout_p, y, lse), tiles(qkv.dtype, D, T, dropout_p > 0, hopper)
 
         def forward():
-            m.attention_fwd(qkv, H, slopes, seed, dropout_p)
+            m.attention_fwd(*args)
 
         def backward():
-            m.attention_bwd(y, qkv, slopes, seed, y, lse, H, dropout_p)
+            m.attention_bwd(*args, *gradients)
+        forward()       # for the backward's y and lse
         for name, run, shapes in (("fwd", forward, by_rows), ("dq", backward, by_rows), ("dkdv", backward, by_columns)):
             base = milliseconds(run)
             for shape, warps, stages in itertools.product(shapes, (4, 8), (2, 3)):
