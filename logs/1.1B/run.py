@@ -38,7 +38,7 @@ def train(name, eval_data):
                 leaked=len(scores["leaked"]))
 
 
-def jobs(args):
+def jobs(args, done):
     OUT.mkdir(parents=True, exist_ok=True)
     return {name: partial(train, name, args.eval_data) for name in RATES}
 

@@ -62,7 +62,7 @@ def run_name(arm, size, context):
     return f"{size}-{context}-{arm.replace(', ', '-').replace(' ', '-')}"
 
 
-def jobs(_):
+def jobs(*_):
     OUT.mkdir(parents=True, exist_ok=True)
     (OUT / "pretrain.py").write_text(PRETRAIN)
     n_tokens = sum(map(len, open_data("data/wikitext-2", "train")[0]["data/wikitext-2"]))

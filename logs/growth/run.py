@@ -118,7 +118,7 @@ def arm(name, seed):
                 seconds=round(time.time() - began), **machine)
 
 
-def jobs(_):
+def jobs(*_):
     os.makedirs(OUT, exist_ok=True)
     Path(f"{OUT}/run.py").write_text(CONFIG)
     makers = {f"scratch, {steps} steps": functools.partial(scratch, steps) for steps in SCRATCH_STEPS}
