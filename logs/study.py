@@ -46,8 +46,7 @@ def measure(folder, jobs, only):
         print(f"{len(todo)} left; now {name}", flush=True)
         record = dict(name=name, **job())
         with open(folder / "runs.jsonl", "a") as f:
-            f.write(json.dumps(record) + "
-")
+            f.write(json.dumps(record) + "\n")
 
 
 def records(folder):
