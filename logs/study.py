@@ -39,7 +39,8 @@ def main(file, doc, jobs, tables, draw=None):
 def measure(folder, jobs, only):
     """Do what runs.jsonl does not have yet; after Ctrl-C or a kill the same command goes on."""
     while True:
-        todo = {name: job for name, job in jobs(done := records(folder)).items() if only in name and name not in done}
+        done = records(folder)
+        todo = {name: job for name, job in jobs(done).items() if only in name and name not in done}
         if not todo:
             return
         name, job = next(iter(todo.items()))

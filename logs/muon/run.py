@@ -66,7 +66,7 @@ def jobs(_, done):
     runs = [(optimizer, rate, SEED) for rates in zip(*RATES.values()) for optimizer, rate in zip(RATES, rates)]
     if all(name(*run) in done for run in runs):
         runs += [(optimizer, best_rate(done, optimizer), seed) for seed in MORE_SEEDS for optimizer in RATES]
-    return {"seconds of a step": seconds_per_step} | {name(*run): partial(train, *run) for run in runs}
+    return {name(*run): partial(train, *run) for run in runs} | {"seconds of a step": seconds_per_step}
 
 
 def best_runs(done, optimizer):
