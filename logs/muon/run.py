@@ -49,7 +49,7 @@ def seconds_per_step(rounds=10):
             train_step(model, optimizers, rows, 16, nullcontext(), 1.0, scaler)
             seconds[optimizer].append(time.perf_counter() - began)
     medians = {optimizer: statistics.median(times[2:]) for optimizer, times in seconds.items()}
-    return dict(seconds=medians, threads=torch.get_num_threads(), versions=dict(torch=torch.__version__))
+    return dict(step_seconds=medians, threads=torch.get_num_threads(), versions=dict(torch=torch.__version__))
 
 
 def name(optimizer, rate, seed):
@@ -85,7 +85,7 @@ def tables(done):
                 for r in sorted(records, key=lambda r: (r["optimizer"], r["rate"]))]
         text.append(study.table(("optimizer", "rate", "seed", *columns), rows))
     if timed := done.get("seconds of a step"):
-        text += [at_equal_seconds(done, timed["seconds"]), study.provenance(done)]
+        text += [at_equal_seconds(done, timed["step_seconds"]), study.provenance(done)]
     return "\n\n".join(text)
 
 
