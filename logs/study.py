@@ -102,6 +102,8 @@ def spread(x, form=".3f"):
 def provenance(done):
     """One line: what it ran on, and for how long. The commits are in runs.jsonl."""
     made = [record for record in done.values() if "seconds" in record]
+    if not made:
+        return "Nothing has run yet."
     versions = ", ".join(f"{name} {version}" for name, version in made[0]["versions"].items())
     return f"{made[0]['device']}, {versions}; {sum(record['seconds'] for record in made) / 60:.0f} minutes of training."
 
