@@ -20,7 +20,8 @@ def main(file, doc, jobs, tables, draw=None):
     """The command line of a study, run from the repository's folder.
 
     jobs: (args, {name: record} so far) -> {name: function that returns a record}, asked anew after each job, so that
-    one job may follow from another's result; tables: {name: record} -> the README's tables; draw: the same -> the figure.
+    one job may follow from another's result; tables: {name: record} -> the README's tables; draw: the same -> the figure,
+    or None where there is nothing to draw yet.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--report", action="store_true", help="run nothing, only make the tables and the picture")
@@ -32,8 +33,9 @@ def main(file, doc, jobs, tables, draw=None):
         measure(folder, functools.partial(jobs, args), args.only)
     done = records(folder)
     fill(folder / "README.md", tables(done))
-    if draw:
-        draw(done).savefig(folder / "curve.png", dpi=110)
+    figure = draw(done) if draw else None
+    if figure:
+        figure.savefig(folder / "curve.png", dpi=110)
 
 
 def measure(folder, jobs, only):
@@ -99,11 +101,18 @@ def spread(x, form=".3f"):
     return f"{x.mean():{form}}" + (f" ± {x.std(ddof=1):{form.lstrip('+')}}" if len(x) > 1 else "")
 
 
+def missing(jobs, done):
+    """A line for a study that has not been run to its end."""
+    left = [name for name in jobs if name not in done]
+    names = "; ".join(left[:8] + ["..."] * (len(left) > 8))
+    return f"Not run yet, {len(left)} of {len(jobs)}: {names}." if left else "All runs are here."
+
+
 def provenance(done):
     """One line: what it ran on, and for how long. The commits are in runs.jsonl."""
     made = [record for record in done.values() if "seconds" in record]
     if not made:
-        return "Nothing has run yet."
+        return "Nothing has been run yet."
     versions = ", ".join(f"{name} {version}" for name, version in made[0]["versions"].items())
     return f"{made[0]['device']}, {versions}; {sum(record['seconds'] for record in made) / 60:.0f} minutes of training."
 

@@ -41,25 +41,25 @@ def train(name):
     return dict(grown=" ".join(map(str, grown)), **study.train(f"configs/{name}.py", OUT, *words))
 
 
-def score(name, eval_data):
+def score(name, args):
     """Test sets, audit, and held-back texts at the training context and at twice that."""
     def evaluate(block_size, *words):
         out = OUT / f"{name}-{block_size}.json"
         study.run("eval.py", "--ckpt", OUT / f"{name}.avg.pt", "--data", "none", f"--block_size={block_size}",
                   "--max_docs", DOCUMENTS, "--bpb", *(f"{text}={source}" for text, source in TEXTS.items()),
-                  "--out", out, *words, *(["--eval_data", eval_data] if eval_data else []))
+                  "--out", out, *words, *(["--eval_data", args.eval_data] if args.eval_data else []))
         return json.loads(out.read_text())
     short = evaluate(T, "--tasks", "none")
-    long = evaluate(2 * T, "--tasks", "lambada,piqa,hellaswag", "--limit", ITEMS, "--audit", "data/recipe")
-    return dict(tasks=long["tables"]["tasks"][0], leaked=len(long["leaked"]),
+    audit = ["--audit", "data/recipe"] if name == "580M" else []        # the others have the same data
+    long = evaluate(2 * T, "--tasks", "lambada,piqa,hellaswag", "--limit", ITEMS, *audit)
+    return dict(tasks=long["tables"]["tasks"][0], leaked=len(long["leaked"]) if audit else "",
                 bits={T: short["tables"]["bits per byte"][0], 2 * T: long["tables"]["bits per byte"][0]})
 
 
 def jobs(args, _):
-    OUT.mkdir(parents=True, exist_ok=True)
     found = {}
     for name in LAYERS:
-        found |= {name: partial(train, name), f"{name}, scores": partial(score, name, args.eval_data)}
+        found |= {name: partial(train, name), f"{name}, scores": partial(score, name, args)}
     return found
 
 
@@ -71,23 +71,27 @@ def tables(done):
         last = record["last"]
         rows.append((name, LAYERS[name], f"{record['parameters'] / 1e6:.2f}M", f"{last['tokens']:,}",
                      f"{record['val_loss'][0][1]:.3f}", f"{last['loss']:.3f}", f"{last['val_loss']:.3f}",
-                     f"{math.exp(last['val_loss']):.2f}", f"{last['bits_per_byte']:.3f}", f"{record['seconds'] / 60:.0f}"))
-    text = [study.table(("run", "layers", "parameters", "bytes", "val loss at the start", "train loss", "val loss",
-                         "val ppl", "bits per byte", "minutes"), rows)]
+                     f"{math.exp(last['val_loss']):.2f}", f"{last['bits_per_byte']:.3f}",
+                     f"{record['seconds'] / 60:.0f}"))
+    columns = ("run", "layers", "parameters", "bytes", "val loss at the start", "train loss", "val loss",
+               "val ppl", "bits per byte", "minutes")
+    text = [study.table(columns, rows)] if rows else []
     if scored:
-        bits = [(name, context, *(f"{values[text]:.3f}" for text in TEXTS))
+        bits = [(name, context, *(f"{values[text][0]:.3f}" for text in TEXTS))
                 for name, record in scored.items() for context, values in record["bits"].items()]
         text.append(study.table(("bits per byte", "context", *TEXTS), bits))
         tasks = [[name, *(f"{value[0]:.2f} ± {value[1]:.2f}" for value in record["tasks"].values()
                           if isinstance(value, list)), record["leaked"]] for name, record in scored.items()]
         metrics = [key for key, value in next(iter(scored.values()))["tasks"].items() if isinstance(value, list)]
         text.append(study.table((f"{ITEMS} items", *metrics, "leaked items found"), tasks))
-    commands = [f"    python {words}" for record in trained.values() for words in (record["grown"], record["command"])
-                if words]
-    return "\n\n".join((*text, "\n".join(commands), study.provenance(done)))
+    commands = [words for record in trained.values() for words in (record["grown"], record["command"])]
+    text += ["\n".join(f"    python {words}" for words in commands if words)] if commands else []
+    return "\n\n".join((*text, study.missing(jobs(None, done), done), study.provenance(done)))
 
 
 def draw(done):
+    if not done:
+        return None
     figure, axes = study.pyplot().subplots(figsize=(7, 4.5), layout="constrained")
     for i, name in enumerate(name for name in LAYERS if name in done):
         study.curves(axes, done[name], name, f"C{i}")

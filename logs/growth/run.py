@@ -33,7 +33,7 @@ TARGET = dict(n_layer=4, n_head=2, n_embd=112)
 N = 630_000                     # its parameters; lengths are given in bytes for each of them
 SMALLER = {"depth": dict(TARGET, n_layer=2), "width": dict(TARGET, n_head=1, n_embd=56),
            "both": dict(n_layer=2, n_head=1, n_embd=56)}
-RATES = {"adamw": (4e-3, 2e-3, 8e-3), "muon": (6e-3,)}          # AdamW's is chosen by a run of TUNING; Muon's: logs/muon
+RATES = {"adamw": (4e-3, 2e-3, 8e-3), "muon": (6e-3,)}          # AdamW's by runs of TUNING; Muon's: logs/muon
 TUNING, SOURCE, GROWN = 2.5, 10, 10
 SCRATCH = (10, 20, 30)
 ARMS = {"depth: identity": ("depth", "identity"), "depth: adjacent": ("depth", "adjacent"),
@@ -50,6 +50,8 @@ GROUPS = {"0.6M, AdamW": ([f"adamw, scratch, {n}" for n in SCRATCH], [f"adamw, {
 def train(optimizer, rate, shape, n_bytes, seed, out, *words):
     """A record with points: (FLOPs, validation loss) of each evaluation."""
     from model import load      # here: torch is slow to import
+    OUT.mkdir(parents=True, exist_ok=True)
+    (OUT / "run.py").write_text(CONFIG)
     record = study.train(OUT / "run.py", OUT / out, f"--optimizer={optimizer}", f"--learning_rate={rate:g}",
                          f"--min_lr={rate / 10:g}", f"--max_tokens={n_bytes * N:.0f}", f"--seed={seed}",
                          *(f"--{key}={value}" for key, value in shape.items()), *words)
@@ -58,8 +60,9 @@ def train(optimizer, rate, shape, n_bytes, seed, out, *words):
     return dict(record, points=[(tokens * flops, loss) for tokens, loss in record["val_loss"]])
 
 
-def grow(optimizer, rate, arm, seed, source):
+def grow(optimizer, rate, arm, seed):
     kind, depth = ARMS[arm]
+    source = study.records(Path(__file__).parent)[f"{optimizer}, source {kind}, seed {seed}"]
     out = f"{optimizer}-{arm}-{seed}".replace(": ", "-")
     init = OUT / f"{out}-init.pt"
     study.run("grow.py", OUT / f"{optimizer}-source-{kind}-{seed}/run.pt", init, "--force", f"--depth={depth}",
@@ -76,12 +79,8 @@ def best_rate(done, optimizer):
 
 def jobs(_, done):
     """In the order of what they tell; sources come before what is grown from them."""
-    OUT.mkdir(parents=True, exist_ok=True)
-    (OUT / "run.py").write_text(CONFIG)
     found = {f"adamw, rate {rate:g}": partial(train, "adamw", rate, TARGET, TUNING, 1, f"rate-{rate:g}")
              for rate in RATES["adamw"]}
-    if not found.keys() <= done.keys():
-        return found
 
     def scratch(optimizer, n, seed):
         found[f"{optimizer}, scratch, {n}, seed {seed}"] = partial(
@@ -89,10 +88,9 @@ def jobs(_, done):
 
     def arm(optimizer, name, seed):
         rate, kind = best_rate(done, optimizer), ARMS[name][0]
-        source = f"{optimizer}, source {kind}, seed {seed}"
-        found[source] = partial(train, optimizer, rate, SMALLER[kind], SOURCE, seed, f"{optimizer}-source-{kind}-{seed}")
-        if source in done:
-            found[f"{optimizer}, {name}, seed {seed}"] = partial(grow, optimizer, rate, name, seed, done[source])
+        found[f"{optimizer}, source {kind}, seed {seed}"] = partial(
+            train, optimizer, rate, SMALLER[kind], SOURCE, seed, f"{optimizer}-source-{kind}-{seed}")
+        found[f"{optimizer}, {name}, seed {seed}"] = partial(grow, optimizer, rate, name, seed)
 
     scratch("adamw", 10, 1)
     for name in ARMS:
@@ -121,8 +119,8 @@ def mean_points(done, name, key="points"):
 def scratch_curves(done, scratch):
     """[(FLOPs, validation loss)]: at the ends of the runs from scratch, and on the way of the longest."""
     there = [name for name in scratch if seeds(done, name)]
-    ends = np.array([np.mean([r["points"][-1] for r in seeds(done, name)], axis=0) for name in there]).reshape(-1, 2).T
-    return [ends] + [mean_points(done, name)[:, 1:] for name in there[-1:]]
+    ends = [np.mean([r["points"][-1] for r in seeds(done, name)], axis=0) for name in there]
+    return [np.array(ends).reshape(-1, 2).T] + [mean_points(done, name)[:, 1:] for name in there[-1:]]
 
 
 def flops_from_scratch(done, scratch, loss):
@@ -158,14 +156,15 @@ def tables(done):
         for name in (name for name in (*scratch, *grown(done, group)) if seeds(done, name)):
             starts, ends = (np.array([r["points"][i][1] for r in seeds(done, name)]) for i in (0, -1))
             gains = ("", "") if name in scratch else map(percent, saved(done, scratch, name))
-            rows.append((name, len(ends), "" if name in scratch else f"{starts.mean():.3f}", study.spread(ends), *gains))
+            start = "" if name in scratch else f"{starts.mean():.3f}"
+            rows.append((name, len(ends), start, study.spread(ends), *gains))
         columns = ("run", "seeds", "val loss just after growing", "at the end", "saved, source not counted",
                    "saved, source counted")
-        text.append(f"{group}:\n\n" + (study.table(columns, rows) if rows else "not run yet."))
+        text += [f"{group}:", study.table(columns, rows)] if rows else []
     rates = ", ".join(f"{rate:g} {done[key]['points'][-1][1]:.3f}" for rate in RATES["adamw"]
                       if (key := f"adamw, rate {rate:g}") in done)
     text += [f"AdamW's rates, at the end of {TUNING} bytes per parameter: {rates}."] if rates else []
-    return "\n\n".join((*text, study.provenance(done)))
+    return "\n\n".join((*text, study.missing(jobs(None, done), done), study.provenance(done)))
 
 
 def draw(done):

@@ -64,8 +64,7 @@ def best_rate(done, optimizer):
 
 def jobs(_, done):
     runs = [(optimizer, rate, SEED) for rates in zip(*RATES.values()) for optimizer, rate in zip(RATES, rates)]
-    if all(name(*run) in done for run in runs):
-        runs += [(optimizer, best_rate(done, optimizer), seed) for seed in MORE_SEEDS for optimizer in RATES]
+    runs += [(optimizer, best_rate(done, optimizer), seed) for seed in MORE_SEEDS for optimizer in RATES]
     return {name(*run): partial(train, *run) for run in runs} | {"seconds of a step": seconds_per_step}
 
 
@@ -85,8 +84,8 @@ def tables(done):
                 for r in sorted(records, key=lambda r: (r["optimizer"], r["rate"]))]
         text.append(study.table(("optimizer", "rate", "seed", *columns), rows))
     if timed := done.get("seconds of a step"):
-        text += [at_equal_seconds(done, timed["step_seconds"]), study.provenance(done)]
-    return "\n\n".join(text)
+        text.append(at_equal_seconds(done, timed["step_seconds"]))
+    return "\n\n".join((*text, study.missing(jobs(None, done), done), study.provenance(done)))
 
 
 def at_equal_seconds(done, seconds):
@@ -95,14 +94,14 @@ def at_equal_seconds(done, seconds):
     reached = STEPS * seconds["adamw"] / seconds["muon"]
     then = np.array([np.interp(reached, steps, bits) for bits in muon])
     passed = np.array([np.interp(-adamw[:, -1].mean(), -bits, steps) for bits in muon])     # falling, so - rises
-    rows = [(f"adamw, {best_rate(done, 'adamw'):g}", STEPS, f"{STEPS * seconds['adamw']:.0f}", study.spread(adamw[:, -1])),
-            (f"muon, {best_rate(done, 'muon'):g}", STEPS, f"{STEPS * seconds['muon']:.0f}", study.spread(muon[:, -1])),
-            ("muon, in adamw's time", f"{reached:.0f}", f"{STEPS * seconds['adamw']:.0f}", study.spread(then)),
+    rows = [(f"{optimizer}, {best_rate(done, optimizer):g}", STEPS, f"{STEPS * seconds[optimizer]:.0f}",
+             study.spread(bits[:, -1])) for optimizer, bits in (("adamw", adamw), ("muon", muon))]
+    rows += [("muon, in adamw's time", f"{reached:.0f}", f"{STEPS * seconds['adamw']:.0f}", study.spread(then)),
             ("muon, at adamw's end", study.spread(passed, ".0f"), f"{passed.mean() * seconds['muon']:.0f}",
              f"{adamw[:, -1].mean():.3f}")]
     each = ", ".join(f"{s:.3f} s with {optimizer}" for optimizer, s in seconds.items())
-    return f"A step, both optimizers in turns in one process: {each}. At the best rates, mean ± standard deviation:\n\n" + \
-        study.table(("optimizer", "steps", "seconds", "bits per byte"), rows)
+    return (f"A step, both optimizers in turns in one process: {each}. At the best rates, mean ± standard "
+            f"deviation:\n\n{study.table(('optimizer', 'steps', 'seconds', 'bits per byte'), rows)}")
 
 
 def draw(done):
