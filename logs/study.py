@@ -104,7 +104,7 @@ def spread(x, form=".3f"):
 def missing(jobs, done):
     """A line for a study that has not been run to its end."""
     left = [name for name in jobs if name not in done]
-    names = "; ".join(left[:8] + ["..."] * (len(left) > 8))
+    names = "; ".join(left[:8]) + " and others" * (len(left) > 8)
     return f"Not run yet, {len(left)} of {len(jobs)}: {names}." if left else "All runs are here."
 
 
