@@ -25,7 +25,7 @@ def test_tables_are_those_of_the_runs(name):
     readme = (LOGS / name / "README.md").read_text()
     measured = readme.partition(study.START)[2].partition(study.END)[0]
     assert measured.strip() == load(name).tables(study.records(LOGS / name)).strip()
-    assert "|" in measured
+    assert "|" in measured or not study.records(LOGS / name)
 
 
 def test_growth_saves_what_a_hand_worked_case_says():

@@ -31,7 +31,7 @@ def train(optimizer, rate, seed):
     return dict(optimizer=optimizer, rate=rate, seed=seed, steps=STEPS, curve=curve, **record)
 
 
-def seconds_per_step(rounds=20):
+def seconds_per_step(rounds=8):
     """Median processor seconds of a step with each optimizer, in turns, on one thread: the same on a busy machine."""
     import torch
 
