@@ -3,6 +3,7 @@
 From these lines come the tables in NAME/README.md, between the two marks, and NAME/curve.png.
 """
 import argparse
+import functools
 import json
 import subprocess
 import sys
@@ -18,28 +19,35 @@ START, END = "<!-- measured -->", "<!-- to here -->"
 def main(file, doc, jobs, tables, draw=None):
     """The command line of a study, run from the repository's folder.
 
-    jobs: args -> {name: function that returns a record}; tables: {name: record} -> the README's tables;
-    draw: {name: record} -> the figure.
+    jobs: (args, {name: record} so far) -> {name: function that returns a record}, asked anew after each job, so that
+    one job may follow from another's result; tables: {name: record} -> the README's tables; draw: the same -> the figure,
+    or None where there is nothing to draw yet.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--report", action="store_true", help="run nothing, only make the tables and the picture")
     parser.add_argument("--eval_data", metavar="DIR", help="folder of the test sets; default: downloaded once")
+    parser.add_argument("--only", default="", metavar="WORDS", help="only jobs whose name contains this")
     args = parser.parse_args()
     folder = Path(file).resolve().parent
     if not args.report:
-        measure(folder, jobs(args))
+        measure(folder, functools.partial(jobs, args), args.only)
     done = records(folder)
     fill(folder / "README.md", tables(done))
-    if draw:
-        draw(done).savefig(folder / "curve.png", dpi=110)
+    figure = draw(done) if draw else None
+    if figure:
+        figure.savefig(folder / "curve.png", dpi=110)
 
 
-def measure(folder, jobs):
+def measure(folder, jobs, only):
     """Do what runs.jsonl does not have yet; after Ctrl-C or a kill the same command goes on."""
-    left = [name for name in jobs if name not in records(folder)]
-    for i, name in enumerate(left):
-        print(f"{len(left) - i} of {len(jobs)} left; now {name}", flush=True)
-        record = dict(name=name, **jobs[name]())
+    while True:
+        done = records(folder)
+        todo = {name: job for name, job in jobs(done).items() if only in name and name not in done}
+        if not todo:
+            return
+        name, job = next(iter(todo.items()))
+        print(f"{len(todo)} left; now {name}", flush=True)
+        record = dict(name=name, **job())
         with open(folder / "runs.jsonl", "a") as f:
             f.write(json.dumps(record) + "\n")
 
@@ -88,9 +96,23 @@ def table(columns, rows):
     return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (columns, ["---"] * len(columns), *rows))
 
 
+def spread(x, form=".3f"):
+    """mean ± standard deviation of (n,); a single value as it is"""
+    return f"{x.mean():{form}}" + (f" ± {x.std(ddof=1):{form.lstrip('+')}}" if len(x) > 1 else "")
+
+
+def missing(jobs, done):
+    """A line for a study that has not been run to its end."""
+    left = [name for name in jobs if name not in done]
+    names = "; ".join(left[:8]) + " and others" * (len(left) > 8)
+    return f"Not run yet, {len(left)} of {len(jobs)}: {names}." if left else "All runs are here."
+
+
 def provenance(done):
     """One line: what it ran on, and for how long. The commits are in runs.jsonl."""
-    made = [record for record in done.values() if "versions" in record]
+    made = [record for record in done.values() if "seconds" in record]
+    if not made:
+        return "Nothing has been run yet."
     versions = ", ".join(f"{name} {version}" for name, version in made[0]["versions"].items())
     return f"{made[0]['device']}, {versions}; {sum(record['seconds'] for record in made) / 60:.0f} minutes of training."
 

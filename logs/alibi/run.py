@@ -100,7 +100,7 @@ def arm(pos, softmax):
     return dict(**record, measured=measured)
 
 
-def jobs(_):
+def jobs(*_):
     OUT.mkdir(parents=True, exist_ok=True)
     (OUT / "run.py").write_text(CONFIG)
     train.keep_memory()

@@ -73,7 +73,7 @@ def measure(arm, eval_data):
                 others=[acc["clean"], perplexity["clean"]])
 
 
-def jobs(args):
+def jobs(args, done):
     return {arm: partial(measure, arm, args.eval_data) for arm in ARMS}
 
 

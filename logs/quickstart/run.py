@@ -16,7 +16,7 @@ def quickstart():
     return dict(log=study.read("out/logs-quickstart/quickstart.jsonl"))
 
 
-def jobs(_):
+def jobs(*_):
     return {"Muon, 360 steps": quickstart}
 
 
