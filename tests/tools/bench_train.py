@@ -22,7 +22,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from model import GPT, GPTConfig                                                    # noqa: E402
 from prepare import open_bin                                                        # noqa: E402
-from train import Blocks, Config, Loader, faster_dtype, keep_memory, make_optimizer, train_step     # noqa: E402
+from train import Config, Loader, cut, faster_dtype, keep_memory, make_optimizer, train_step      # noqa: E402
 
 SHAPES = {      # name: n_layer, n_head, n_embd, block_size, batch_size, vocab_size
     "small": (6, 6, 384, 256, 16, 320),
@@ -87,7 +87,7 @@ def main():
     rows_of = {}
     for name, shape in SHAPES.items():
         n_layer, n_head, n_embd, block_size, batch_size, vocab_size = shape
-        loader = Loader([Blocks([tokens], block_size, args.data)], [1], batch_size, 1)
+        loader = Loader([cut([tokens], block_size, args.data)], [1], batch_size, 1)
         rows_of[name] = [loader.batch(s).to(device) for s in range(args.steps)]
 
     alone = {}      # before keep_memory, which lasts for the process
