@@ -236,7 +236,7 @@ def markdown(rows):
     """Rows (dicts) as a table, and under them the quoted rows that have one of its scores."""
     def cell(value):
         if isinstance(value, tuple):    # a value and its standard error, NaN where there is none
-            return f"{value[0]:.5g} ± {value[1]:.2g}".replace(" ± nan", "")
+            return f"{value[0]:.5g} ± {value[1]:.2g}".replace(" ± nan", "").replace("nan", "")
         if isinstance(value, float):
             return f"{value:.5g}"
         return f"{value:,}" if isinstance(value, int) else value or ""
