@@ -412,7 +412,7 @@ def main(argv):
     finally:            # an error at one checkpoint does not lose the others
         if rank == 0:
             print("\n".join(markdown(rows) for rows in tables.values() if rows))
-            print("zero-shot, ± standard error; items:", report["items"])
+            print("zero-shot, ± standard error; items:", report["items"] or "none")
             for task, number, excerpt in report["leaked"][:10]:
                 print(f"leaked, {task} {number}: ... {' '.join(excerpt.split())} ...")
             sys.stdout.flush()

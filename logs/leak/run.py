@@ -62,15 +62,15 @@ def measure(arm, eval_data):
     for each in (arm, "ten times"):
         make_data(each, eval_data)
     study.run("train.py", "configs/small.py", f"--data={out}/data", f"--out_dir={out}", *WORDS)
-    # what --audit finds in its own data; and the scores, where "dirty" is what was planted ten times
+    # what --audit finds in its own data; and the scores, where "leaked" is what was planted ten times
     for audited, file in ((arm, "own.json"), ("ten times", "scores.json")):
         study.run("eval.py", "--ckpt", out / "small.avg.pt", "--tasks", "lambada", "--limit", SCORED, "--data", "none",
                   "--audit", folder(audited) / "data", *sets(eval_data), "--out", out / file)
     meta, own, scores = (json.loads((out / file).read_text()) for file in ("data/meta.json", "own.json", "scores.json"))
-    acc, perplexity = scores["tables"]["leaks"]
+    clean, leaked = scores["tables"]["leaks"]
     return dict(tokens=meta["splits"]["train"]["tokens"], characters_cut=meta["sources"][0].get("characters cut", 0),
-                found=len(own["leaked"]), planted=[acc["dirty"], perplexity["dirty"]],
-                others=[acc["clean"], perplexity["clean"]])
+                found=len(own["leaked"]), planted=[leaked["acc"], leaked["perplexity"]],
+                others=[clean["acc"], clean["perplexity"]])
 
 
 def jobs(args, done):
