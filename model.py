@@ -809,6 +809,8 @@ def atomic_save(obj, path):
             f.flush()
             os.fsync(f.fileno())
         os.replace(tmp, path)
+    except RuntimeError as e:       # torch's writer, on a full disk
+        raise OSError(f"{path}: not written ({str(e).splitlines()[0]})") from None
     finally:
         if os.path.exists(tmp):
             os.remove(tmp)

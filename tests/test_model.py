@@ -451,3 +451,16 @@ def test_the_command_exports_a_checkpoint(run, refused, tmp_path):
     assert result.returncode == 0 and "hf" in result.stdout, result.stderr
     assert m.load(str(tmp_path / "hf"))[1] == {"tokenizer": "bytes"}
     assert "b.pt" in refused("model.py", "b.pt", "--export", "hf", cwd=tmp_path)
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.pt"
+    m.atomic_save({"step": 1}, str(path))
+
+    def full(obj, f):
+        f.write(b"half")
+        raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="a.pt"):
+        m.atomic_save({"step": 2}, str(path))
+    assert m.load_pickle(str(path)) == {"step": 1} and [f.name for f in tmp_path.iterdir()] == ["a.pt"]
