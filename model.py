@@ -809,8 +809,8 @@ def atomic_save(obj, path):
             f.flush()
             os.fsync(f.fileno())
         os.replace(tmp, path)
-    except RuntimeError as e:       # torch's writer, on a full disk
-        raise OSError(f"{path}: not written ({str(e).splitlines()[0]})") from None
+    except (OSError, RuntimeError) as e:        # a full disk; torch's writer raises RuntimeError
+        raise OSError(f"{path}: not written ({str(e).splitlines()[0]}); the same command goes on") from None
     finally:
         if os.path.exists(tmp):
             os.remove(tmp)
@@ -870,7 +870,8 @@ def build(config, weights, source):
 
 # what config.json must say where transformers ignores it, or where the logits may hardly show it
 FIXED = dict(gpt2=dict(layer_norm_epsilon=1e-5, activation_function="gelu_new"),
-             mpt=dict(layer_norm_epsilon=1e-5, logit_scale=None, alibi=True, alibi_bias_max=8, clip_qkv=None))
+             mpt=dict(layer_norm_epsilon=1e-5, logit_scale=None, alibi=True, alibi_bias_max=8, clip_qkv=None,
+                      expansion_ratio=4, no_bias=True, qk_ln=False))
 # what each tokenizer makes of a text that others cut differently, and of its last token
 PROBE = "It's 12,345 O'Clock\r\n\n naïve  e\u0301 🙂"
 TOKENS = {"bytes": [*PROBE.encode(), 256], "gpt2": [

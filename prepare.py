@@ -703,6 +703,7 @@ def make_parts(files, work, options, workers, bar):
     def missing():
         for group in groups(files, options, bar):
             parts.append(work / f"{len(parts):08}.npy")
+            # a kill while the folder was deleted may have left one file of the two
             if not (parts[-1].exists() and parts[-1].with_suffix(".bin").exists()):
                 yield parts[-1], group, options
 

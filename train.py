@@ -117,8 +117,8 @@ class Config:
 
 SHAPE = ("n_layer", "n_head", "n_embd", "bias", "pos")
 IDENTITY = ("data", "init_from", "seed", "batch_size", "block_size", "optimizer", *SHAPE)   # fixed for a run
-NOT_ZERO = ("n_layer", "n_head", "n_embd", "block_size", "batch_size", "learning_rate", "eval_interval",
-            "eval_tokens", "save_interval", "log_interval")
+MAY_BE_ZERO = ("seed", "plan", "min_lr", "warmup_steps", "weight_decay", "beta1", "beta2", "grad_clip",
+               "average", "dropout")
 BELOW = dict(beta1=1, beta2=1, dropout=1, seed=2**32)
 
 
@@ -168,9 +168,11 @@ def check(config, path, world):
     if isinstance(config.data, dict):
         config.data = {os.path.expanduser(str(folder)): share for folder, share in config.data.items()}
         shares = config.data.values()
-    config.micro_batch_size = micro = config.micro_batch_size or max(1, config.batch_size // world)
-    rules = [(key, 0 < value < BELOW.get(key, math.inf) or value == 0 and key not in NOT_ZERO,
-              f"{'more than' if key in NOT_ZERO else 'at least'} 0 and less than {BELOW.get(key, math.inf)}")
+    if config.micro_batch_size is None:
+        config.micro_batch_size = max(1, config.batch_size // world)
+    micro = config.micro_batch_size
+    rules = [(key, 0 < value < BELOW.get(key, math.inf) or value == 0 and key in MAY_BE_ZERO,
+              f"{'at least' if key in MAY_BE_ZERO else 'more than'} 0, less than {BELOW.get(key, math.inf)}")
              for key, value in vars(config).items() if type(value) in (int, float)]
     rules += [
         ("data", config.data, "a folder made by prepare.py"),
@@ -178,7 +180,7 @@ def check(config, path, world):
          and apportion(shares).all(), f"shares of at least one sample in {DECK}"),
         ("max_steps", config.max_steps or config.max_tokens or config.max_epochs,
          "a length: max_steps, max_tokens or max_epochs"),
-        ("batch_size", config.batch_size % (world * micro) == 0,
+        ("batch_size", config.batch_size % max(1, world * micro) == 0,
          f"a multiple of {world} processes x micro_batch_size {micro}"),
         ("zero", not config.zero or config.optimizer != "adafactor", "False: adafactor's state is small"),
         ("adamw_lr", not config.adamw_lr or config.optimizer == "muon", "optimizer = muon along with it")]
@@ -393,19 +395,21 @@ def memory(device):
 
 @contextmanager
 def writing(path):
-    """A full disk ends the run in one line that names the file. What was saved before stays."""
+    """A full disk ends the run in one line that names the file, as in atomic_save."""
     try:
         yield
-    except (OSError, RuntimeError) as e:        # torch's writer raises RuntimeError
-        raise OSError(f"{path}: not written ({str(e).splitlines()[0]}); the same command goes on") from None
+    except OSError as e:
+        raise OSError(f"{path}: not written ({e}); the same command goes on") from None
 
 
 def environment(device):
     """What a run ran on. The commit has a + where files differ from it."""
-    git = f"git -C '{sys.path[0]}' describe --always --dirty=+ --exclude='*' --abbrev=12 2>/dev/null"
+    git = "git describe --always --dirty=+ --exclude='*' --abbrev=12"
+    here = os.path.dirname(os.path.abspath(__file__))
+    commit = subprocess.run(git, shell=True, cwd=here, capture_output=True, text=True).stdout.strip()
     versions = dict(python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__)
     name = torch.cuda.get_device_name() if device.type == "cuda" else os.uname().machine
-    return dict(device=name, world=WORLD, versions=versions, commit=subprocess.getoutput(git))
+    return dict(device=name, world=WORLD, versions=versions, commit=commit)
 
 
 # ---- The log
@@ -459,7 +463,8 @@ class Log:
         axes.set(xlabel="tokens seen", ylabel="perplexity per token", yscale="log", title=path)
         axes.legend()
         with writing(path):
-            figure.savefig(path, dpi=120)
+            figure.savefig(f"{path}.tmp", dpi=120, format="png")
+            os.replace(f"{path}.tmp", path)
 
 
 # ---- The plan
@@ -655,10 +660,9 @@ def main(config, given, name, path):
 
     def save_model(file, loss):
         if RANK == 0:
-            with writing(file):
-                save(file, model, tokenizer=meta["tokenizer"], data=config.data, step=run.step,
-                     tokens=run.step * tokens_per_step, flops=run.step * flops_per_step, val_loss=loss,
-                     fingerprint=meta["fingerprint"], lineage=lineage)
+            save(file, model, tokenizer=meta["tokenizer"], data=config.data, step=run.step,
+                 tokens=run.step * tokens_per_step, flops=run.step * flops_per_step, val_loss=loss,
+                 fingerprint=meta["fingerprint"], lineage=lineage)
 
     stop, stopping = [], False      # SIGINT and SIGTERM: finish the step, save, leave
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -673,13 +677,11 @@ def main(config, given, name, path):
             for optimizer in optimizers if config.zero and distributed else ():
                 optimizer.consolidate_state_dict(to=0)
             if RANK == 0:
-                with writing(f"{out}.state.pt"):
-                    atomic_save(dict(
-                        model=model.state_dict(), model_config=asdict(model.config),
-                        optimizers=[optimizer.state_dict() for optimizer in optimizers],
-                        scaler=scaler.state_dict(), progress=vars(run),
-                        config=asdict(config), dtype=choice[0], data=data, lineage=lineage,
-                        log=json.dumps(log.records)), f"{out}.state.pt")
+                atomic_save(dict(model=model.state_dict(), model_config=asdict(model.config),
+                                 optimizers=[optimizer.state_dict() for optimizer in optimizers],
+                                 scaler=scaler.state_dict(), progress=vars(run), config=asdict(config),
+                                 dtype=choice[0], data=data, lineage=lineage,
+                                 log=json.dumps(log.records)), f"{out}.state.pt")
         if stopping:
             return print0(f"stopped at step {run.step}; the same command goes on from {out}.state.pt")
 
