@@ -29,7 +29,6 @@ import shutil
 import signal
 import sys
 import sysconfig
-import tempfile
 import threading
 import unicodedata
 import urllib.request
@@ -79,12 +78,8 @@ def get_tokenizer(name):
     try:
         return tiktoken.get_encoding("gpt2")
     except OSError:     # every network error of requests, which tiktoken downloads with
-        cache = os.environ.get("TIKTOKEN_CACHE_DIR") or os.path.join(tempfile.gettempdir(), "data-gym-cache")
-        base = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
-        urls = [f"{base}/vocab.bpe", f"{base}/encoder.json"]
-        files = [f"{url} as {hashlib.sha1(url.encode()).hexdigest()}" for url in urls]
-        raise DataError(f"no network for GPT-2's vocabulary; put {' and '.join(files)} into {cache}, "
-                        "or into a folder that TIKTOKEN_CACHE_DIR names") from None
+        raise DataError("no network for GPT-2's vocabulary; where there is one, tiktoken.get_encoding('gpt2') puts "
+                        "it into the folder that TIKTOKEN_CACHE_DIR names; bring that along") from None
 
 
 @functools.cache
@@ -813,14 +808,13 @@ def decide(parts, repeats, val_fraction):
 
 
 def write_bins(work, parts, sides, eot):
-    """Write work/train.bin and work/val.bin. Returns what is in them: documents, bytes, tokens and sha256."""
-    documents, size = np.cumsum(column(parts, "first")), column(parts, "bytes")
-    separate, splits, at = np.zeros(len(sides), bool), {}, 0
-    for side, name in (TRAIN, "train"), (VAL, "val"):
+    """Write work/train.bin and work/val.bin."""
+    documents, at = np.cumsum(column(parts, "first")), 0
+    separate = np.zeros(len(sides), bool)
+    for side in TRAIN, VAL:
         rows = np.flatnonzero(sides == side)
         # between two documents stays the <|endoftext|> that every row begins with
         separate[rows[1:]] = np.diff(documents[rows]) > 0
-        splits[name] = dict(documents=len(np.unique(documents[rows])), bytes=int(size[rows].sum()))
     with open(work / "train.bin", "wb") as train, open(work / "val.bin", "wb") as val:
         for part in tqdm(parts, desc="writing", unit="part", delay=3, leave=False):
             lengths, tokens = keys_of(part)["tokens"] + 1, tokens_of(part)
@@ -832,10 +826,6 @@ def write_bins(work, parts, sides, eot):
                 tokens[mask].tofile(file)
         for side, file in (TRAIN, train), (VAL, val):
             np.full(int((sides == side).any()), eot, "<u2").tofile(file)
-    for name, counts in splits.items():
-        path = work / f"{name}.bin"
-        counts.update(tokens=path.stat().st_size // 2, sha256=sha256_of(path))
-    return splits
 
 
 def count_sources(parts, sides, n_sources):
@@ -940,11 +930,11 @@ def prepare(sources, out, tokenizer="gpt2", val_fraction=0.05, *, field="text", 
         if (sides == LEFT_OUT).all():
             shutil.rmtree(work.parent)
             raise DataError(f"{', '.join(sources)}: no text in it")
-        splits = write_bins(work, parts, sides, encoding.eot_token)
-        bins = {side: work / f"{side}.bin" for side in splits}
-        if not splits["val"]["documents"]:          # a single document, or equal ones
+        write_bins(work, parts, sides, encoding.eot_token)
+        bins = {side: work / f"{side}.bin" for side in ("train", "val")}
+        if not (sides == VAL).any():                # a single document, or equal ones
             halve(*bins.values(), val_fraction, encoding)
-            splits = {side: count_bin(path, encoding) for side, path in bins.items()}
+        splits = {side: count_bin(path, encoding) for side, path in bins.items()}
         counts = count_sources(parts, sides, len(sources))
         meta = dict(tokenizer=tokenizer, vocab_size=encoding.n_vocab, splits=splits,
                     sources=[dict(source=name, **count, passed_over=dict(passed))

@@ -650,18 +650,13 @@ def test_a_console_that_cannot_print_a_name(tmp_path):
         assert result.returncode == (name != "é.txt") and b"Traceback" not in result.stderr, result.stderr
 
 
-def test_no_network_says_which_files_go_where(monkeypatch, tmp_path):
+def test_no_network_says_what_to_bring_along(monkeypatch, tmp_path):
     def unreachable(*_, **__):
         raise requests.ConnectionError("unreachable")
     monkeypatch.setattr(tiktoken, "get_encoding", unreachable)
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     get_tokenizer.cache_clear()
-    with pytest.raises(DataError) as e:
+    with pytest.raises(DataError, match="TIKTOKEN_CACHE_DIR"):
         get_tokenizer("gpt2")
-    # the names tiktoken's cache gives these two files
-    for word in ("vocab.bpe as 6d1cbeee0f20b3d9449abfede4726ed8212e3aee",
-                 "encoder.json as 6c7ea1a7e38e3a7f062df639a5b80947f075ffe6", str(tmp_path)):
-        assert word in str(e.value)
     monkeypatch.setattr(p.urllib.request, "urlopen", unreachable)
     monkeypatch.setattr(p, "DOWNLOADS", tmp_path)
     with pytest.raises(DataError, match=f"{tmp_path}/shakespeare/input.txt"):
