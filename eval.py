@@ -17,6 +17,7 @@ A new task is a function and a row of TASKS, here "arc": (arc, "choice"). It rea
     def arc(item):
         return item["question"], [f" {answer}" for answer in item["answers"]], item["label"]
 """
+import hashlib
 import json
 import math
 import os
@@ -36,9 +37,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from model import ModelError, load
-from prepare import (TEST_SETS, DataError, NoBin, Parser, count_words, detokenise, get_tokenizer,
-                     open_bin, open_data, sha256_of, test_files, test_grams, test_items, texts, token_bytes,
-                     write_whole)
+from prepare import (TEST_SETS, DataError, NoBin, Parser, count_words, detokenise, get_tokenizer, open_bin,
+                     open_data, test_files, test_grams, test_items, texts, token_bytes, write_whole)
 
 # ---------------------------------------------------------------------------------------------
 # Tasks. A function turns an item into an example: (context, answers, number of the right answer),
@@ -369,7 +369,9 @@ def make_plan(args):
     if not jobs:
         raise DataError("nothing to score; name a data set with --data")
     leaks = audit(args.audit, audited, args.eval_data) if args.audit else {}
-    return jobs, leaks, {str(file): sha256_of(file) for file in files if os.path.isfile(file)}
+    hashes = {str(file): hashlib.sha256(Path(file).read_bytes()).hexdigest()
+              for file in files if os.path.isfile(file)}
+    return jobs, leaks, hashes
 
 
 def main(argv):

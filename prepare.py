@@ -51,7 +51,7 @@ EOT = "<|endoftext|>"
 DOWNLOADS = Path("data/raw")
 PIECE = 2**24           # a longer document is handled in pieces of so many bytes
 GROUP = 2**21           # bytes of text that a worker takes at once
-VERSION = 3             # of the parts in prepare.work; raise it when they come to hold something else
+VERSION = 4             # of the parts in prepare.work; raise it when they come to hold something else
 
 
 class DataError(ValueError):
@@ -78,8 +78,8 @@ def get_tokenizer(name):
     try:
         return tiktoken.get_encoding("gpt2")
     except OSError:     # every network error of requests, which tiktoken downloads with
-        raise DataError("no network for GPT-2's vocabulary; where there is one, tiktoken.get_encoding('gpt2') puts "
-                        "it into the folder that TIKTOKEN_CACHE_DIR names; bring that along") from None
+        raise DataError("no network for GPT-2's vocabulary; with one, tiktoken.get_encoding('gpt2') puts it "
+                        "into the folder that TIKTOKEN_CACHE_DIR names, to bring along") from None
 
 
 @functools.cache
@@ -183,10 +183,7 @@ def open_file(fs, path):
         yield f, raw
 
 
-def ending(path):
-    """".jsonl" of "A.JSONL.gz"."""
-    base, last = os.path.splitext(path.lower())
-    return os.path.splitext(base)[1] if last in (".gz", ".xz", ".bz2", ".zst") else last
+ENDING = re.compile(r"(\.\w+)?(\.gz|\.xz|\.bz2|\.zst)?$")        # ".jsonl" of "a.jsonl.gz"
 
 
 def find_files(source, passed_over):
@@ -204,7 +201,7 @@ def find_files(source, passed_over):
             paths = [path for path in fs.glob(path) if fs.isfile(path)]
     files = []
     for path in sorted(paths, key=lambda path: path.split("/")):
-        last = ending(path)
+        last = ENDING.search(path.lower())[1]
         kind = KINDS.get(last, "" if in_folder else "text")
         if last == ".json" and not has_json_lines(fs, path):
             kind = ""
@@ -281,11 +278,6 @@ def write_whole(path, data):
         f.flush()
         os.fsync(f.fileno())
     os.replace(tmp, path)
-
-
-def sha256_of(path):
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def records(source, file, field="text", separator="", bar=None):
@@ -569,13 +561,15 @@ def cut_items(text, grams):
 
 
 # ---------------------------------------------------------------------------------------------
-# Map: a worker makes a part of each group of records. A part is two files: NUMBER.bin holds
-# <|endoftext|> and the tokens of each row in turn, NUMBER.npy its keys and, as JSON, its counts.
-# A row is a document, or a piece of a long one.
+# Map: a worker makes a part of each group of records. A part is a file NUMBER.npz: tokens, <|endoftext|> and
+# those of each row in turn; keys, one for each row; and counts, as JSON. A row is a document, or a piece of a
+# long one.
 
 BINS, BANDS = 128, 16       # of a MinHash signature; a band is BINS / BANDS of them
-KEY = np.dtype([("source", "u4"), ("position", "f8"), ("first", "?"), ("bytes", "i8"), ("tokens", "i8"),
-                ("exact", "V16"), ("bands", "u8", BANDS)])
+# begin: where a row's tokens begin in those of its part
+KEY = np.dtype([("source", "u4"), ("part", "u4"), ("begin", "i8"), ("tokens", "i8"), ("bytes", "i8"),
+                ("first", "?"), ("position", "f8"), ("exact", "V16"), ("bands", "u8", BANDS)])
+
 
 def compared(text):
     """A text as duplicates are compared: lower case, one space between words, in UTF-8."""
@@ -614,15 +608,15 @@ def bands(texts):
     return hashes
 
 
-def make_part(part, group, options):
-    """Write the part of a group of records. Its .npy comes last: where that is, the part is whole.
+def make_part(path, number, group, options):
+    """Write part `number`, that of a group of records, to path.
 
     Each step is done for all rows before the next step begins. That is faster than row by row: code and
     tables stay in the processor's cache.
     """
     tokenizer = get_tokenizer(options["tokenizer"])
     grams = test_grams(options["decontaminate"], options["eval_data"]) if options["decontaminate"] else None
-    counts, keys, rows = {}, [], []
+    counts, heads, rows = {}, [], []
     for record in group:
         count, first = counts.setdefault(record.source, Counter()), record.first
         text = text_of(record, options["field"], count if options["skip_bad"] else None)
@@ -633,22 +627,24 @@ def make_part(part, group, options):
         count[f"with a literal {EOT}; see --separator"] += record.kind == "text" and EOT in text
         for passage in passages or [""]:            # a row without tokens still begins a document
             rows.append(passage)
-            keys.append((record.source, place, first, len(passage.encode()), 0, b"", 0))
+            heads.append((record.source, place, first))
             first = True
-    keys = np.array(keys, KEY)
+    # a literal <|endoftext|> in a text stays plain text
+    ids = [tokenizer.encode_to_numpy(row, allowed_special=set(), disallowed_special=()) for row in rows]
+    eot = np.array([tokenizer.eot_token], np.uint32)
+    tokens = np.concatenate([eot[:0], *(part for row in ids for part in (eot, row))]).astype("<u2")
+    keys = np.zeros(len(rows), KEY)
+    keys["source"], keys["position"], keys["first"] = zip(*heads)
+    keys["part"], keys["bytes"] = number, [len(row.encode()) for row in rows]
+    keys["tokens"] = [len(row) for row in ids]
+    keys["begin"] = np.cumsum(keys["tokens"] + 1) - keys["tokens"]
     if not options["keep_duplicates"]:
         texts = [compared(row) for row in rows]
         keys["exact"] = [hashlib.blake2b(text, digest_size=16).digest() for text in texts]
         keys["bands"] = bands(texts)
-    # a literal <|endoftext|> in a text stays plain text
-    ids = [tokenizer.encode_to_numpy(row, allowed_special=set(), disallowed_special=()) for row in rows]
-    keys["tokens"] = [len(row) for row in ids]
-    eot = np.array([tokenizer.eot_token], np.uint32)
-    tokens = np.concatenate([eot[:0], *(part for row in ids for part in (eot, row))]).astype("<u2")
-    write_whole(part.with_suffix(".bin"), tokens.data)
     buffer = io.BytesIO()
-    np.save(buffer, keys)
-    write_whole(part, buffer.getvalue() + json.dumps(counts).encode())
+    np.savez(buffer, tokens=tokens, keys=keys, counts=json.dumps(counts))
+    write_whole(path, buffer.getvalue())
 
 
 def start_worker():
@@ -692,19 +688,23 @@ def groups(files, options, bar):
 
 
 def make_parts(files, work, options, workers, bar):
-    """Make the parts that are not in the folder work yet. Returns the paths of all, in order."""
+    """Make the parts that are not in the folder work yet. Returns the paths of all, in order, and the keys of
+    all rows, (n,) of KEY, mapped from a file."""
     parts = []
 
     def missing():
         for group in groups(files, options, bar):
-            parts.append(work / f"{len(parts):08}.npy")
-            # a kill while the folder was deleted may have left one file of the two
-            if not (parts[-1].exists() and parts[-1].with_suffix(".bin").exists()):
-                yield parts[-1], group, options
+            parts.append(work / f"{len(parts):08}.npz")
+            if not parts[-1].exists():
+                yield parts[-1], len(parts) - 1, group, options
 
     for _ in in_order(make_part, missing(), workers):
         pass
-    return parts
+    work.mkdir(parents=True, exist_ok=True)
+    with open(work / "keys", "wb") as f:
+        for part in parts:
+            np.load(part)["keys"].tofile(f)
+    return parts, np.memmap(work / "keys", KEY, "r") if parts else np.empty(0, KEY)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -714,74 +714,51 @@ SIMILAR = 0.8       # Jaccard similarity of 5-grams from which a document repeat
 TRAIN, VAL, LEFT_OUT = 0, 1, -1
 
 
-@functools.lru_cache(2**14)
-def keys_of(part):
-    """The keys of a part's rows: (rows,) of KEY, mapped."""
-    return np.load(part, mmap_mode="r")
-
-
-def counts_of(part):
-    with open(part, "rb") as f:
-        np.load(f)
-        return json.load(f)
-
-
+@functools.lru_cache(32)
 def tokens_of(part):
-    return np.memmap(part.with_suffix(".bin"), "<u2", mode="r") if len(keys_of(part)) else np.empty(0, "<u2")
-
-
-def column(parts, name, band=None):
-    """One field of the keys of all rows: (n,)."""
-    values = [keys_of(part)[name] for part in parts]
-    return np.concatenate(values if band is None else [value[:, band] for value in values])
+    return np.load(part)["tokens"]
 
 
 @functools.lru_cache(2**10)
-def row_shingles(part, row, tokenizer):
+def row_shingles(part, begin, n, tokenizer):
     """The different 5-grams of a row, hashed and sorted."""
-    lengths = keys_of(part)["tokens"]
-    begin = int(lengths[:row].sum()) + row + 1
-    text = get_tokenizer(tokenizer).decode(tokens_of(part)[begin:begin + int(lengths[row])].tolist())
+    text = get_tokenizer(tokenizer).decode(tokens_of(part)[begin:begin + n].tolist())
     return np.unique(shingles(compared(text)))
 
 
-def are_similar(parts, places, tokenizer):
-    """Whether pairs of rows have a Jaccard similarity of SIMILAR or more. places: (pairs, 2, 2)."""
+def are_similar(parts, pairs, tokenizer):
+    """Whether pairs of rows have a Jaccard similarity of SIMILAR or more. pairs: (n, 2) of KEY."""
     answers = []
-    for pair in places.tolist():
-        a, b = (row_shingles(parts[part], row, tokenizer) for part, row in pair)
+    for pair in pairs:
+        a, b = (row_shingles(parts[row["part"]], row["begin"], row["tokens"], tokenizer) for row in pair)
         both = len(np.intersect1d(a, b, assume_unique=True))
         answers.append(both >= SIMILAR * (len(a) + len(b) - both))
     return answers
 
 
-def find_duplicates(parts, tokenizer, workers):
+def find_duplicates(keys, parts, tokenizer, workers):
     """Numbers of the rows that repeat an earlier one that stays, exactly or nearly.
 
     Rows of corpora with their own split come first and stay, whatever they repeat. A row is compared, by all
     its 5-grams, with the first row of each of its bands: time is linear, and no row goes by accident.
     """
-    positions = column(parts, "position")
-    own = (positions < 0) | (positions >= 1)
+    own = (keys["position"] < 0) | (keys["position"] >= 1)
     order = np.argsort(~own, kind="stable")
-    _, first = np.unique(column(parts, "exact")[order], return_index=True)
+    _, first = np.unique(keys["exact"][order], return_index=True)
     stays = own[order]
     stays[first] = True
     gone = set(order[~stays].tolist())
-    order = order[stays & (column(parts, "tokens")[order] > 0)]
+    order = order[stays & (keys["tokens"][order] > 0)]
 
     pairs = []                  # in places of `order`: a row, and the first that shares a band with it
     for band in range(BANDS):
-        values = column(parts, "bands", band)[order]
+        values = keys["bands"][:, band][order]
         _, first, inverse = np.unique(values, return_index=True, return_inverse=True)
         places = np.flatnonzero((first[inverse] != np.arange(len(order))) & ~own[order])
         pairs.append(np.stack([places, first[inverse[places]]], axis=1))
-    pairs = order[np.unique(np.concatenate(pairs), axis=0)]
+    pairs = order[np.unique(np.concatenate(pairs), axis=0)]                 # (pairs, 2)
 
-    begins = np.cumsum([0, *(len(keys_of(part)) for part in parts)])
-    in_part = np.searchsorted(begins, pairs, side="right") - 1
-    places = np.stack([in_part, pairs - begins[in_part]], axis=2)       # (pairs, 2, 2): part, row in it
-    tasks = [(parts, places[at:at + 500], tokenizer) for at in range(0, len(places), 500)]
+    tasks = [(parts, keys[pairs[at:at + 500]], tokenizer) for at in range(0, len(pairs), 500)]
     answers = in_order(are_similar, tasks, min(workers, len(tasks) or 1))
     answers = tqdm(answers, desc="comparing", total=len(tasks), delay=3, leave=False)
     similar = np.concatenate([np.zeros(0, bool), *answers])
@@ -791,13 +768,12 @@ def find_duplicates(parts, tokenizer, workers):
     return sorted(gone)
 
 
-def decide(parts, repeats, val_fraction):
+def decide(keys, repeats, val_fraction):
     """The side of each row, TRAIN, VAL or LEFT_OUT: (n,) int8."""
-    stays = column(parts, "tokens") > 0
+    positions, stays = keys["position"], keys["tokens"] > 0
     stays[repeats] = False
-    positions = column(parts, "position")
     if not stays.any():
-        return np.full(len(stays), LEFT_OUT)
+        return np.full(len(keys), LEFT_OUT)
     # of a small corpus, at least the lowest position is for validation and the highest for training
     limit = min(max(val_fraction, np.nextafter(positions[stays].min(), 3)), positions[stays].max())
     return np.where(stays, np.where(positions < limit, VAL, TRAIN), LEFT_OUT).astype(np.int8)
@@ -807,37 +783,34 @@ def decide(parts, repeats, val_fraction):
 # Write: the bins, part after part
 
 
-def write_bins(work, parts, sides, eot):
+def write_bins(work, parts, keys, sides, eot):
     """Write work/train.bin and work/val.bin."""
-    documents, at = np.cumsum(column(parts, "first")), 0
-    separate = np.zeros(len(sides), bool)
+    documents, separate = np.cumsum(keys["first"]), np.zeros(len(keys), bool)
     for side in TRAIN, VAL:
         rows = np.flatnonzero(sides == side)
         # between two documents stays the <|endoftext|> that every row begins with
         separate[rows[1:]] = np.diff(documents[rows]) > 0
+    begins = np.searchsorted(keys["part"], range(len(parts) + 1))
     with open(work / "train.bin", "wb") as train, open(work / "val.bin", "wb") as val:
-        for part in tqdm(parts, desc="writing", unit="part", delay=3, leave=False):
-            lengths, tokens = keys_of(part)["tokens"] + 1, tokens_of(part)
-            rows = slice(at, at + len(lengths))
-            at += len(lengths)
+        for number, part in enumerate(tqdm(parts, desc="writing", unit="part", delay=3, leave=False)):
+            rows = slice(*begins[number:number + 2])
             for side, file in (TRAIN, train), (VAL, val):
-                mask = np.repeat(sides[rows] == side, lengths)
-                mask[np.cumsum(lengths) - lengths] &= separate[rows]
-                tokens[mask].tofile(file)
+                mask = np.repeat(sides[rows] == side, keys["tokens"][rows] + 1)
+                mask[keys["begin"][rows] - 1] &= separate[rows]
+                tokens_of(part)[mask].tofile(file)
         for side, file in (TRAIN, train), (VAL, val):
             np.full(int((sides == side).any()), eot, "<u2").tofile(file)
 
 
-def count_sources(parts, sides, n_sources):
+def count_sources(parts, keys, sides, n_sources):
     """What became of each source: a Counter each."""
-    source, first, tokens, size = (column(parts, name) for name in ("source", "first", "tokens", "bytes"))
     stays = sides != LEFT_OUT
-    values = dict(documents=first & stays, bytes=size * stays, tokens=tokens * stays,
-                  duplicates=first & ~stays & (tokens > 0))
-    sums = {name: np.bincount(source, value, n_sources) for name, value in values.items()}
+    values = dict(documents=keys["first"] & stays, bytes=keys["bytes"] * stays, tokens=keys["tokens"] * stays,
+                  duplicates=keys["first"] & ~stays & (keys["tokens"] > 0))
+    sums = {name: np.bincount(keys["source"], value, n_sources) for name, value in values.items()}
     counts = [Counter({name: int(total[k]) for name, total in sums.items()}) for k in range(n_sources)]
     for part in parts:          # and what its workers counted
-        for k, count in counts_of(part).items():
+        for k, count in json.loads(np.load(part)["counts"].item()).items():
             counts[int(k)].update(count)
     return counts
 
@@ -924,18 +897,18 @@ def prepare(sources, out, tokenizer="gpt2", val_fraction=0.05, *, field="text", 
             os.replace(strict, work)
         for stale in set(work.parent.glob("*")) - {work}:
             shutil.rmtree(stale)
-        parts = make_parts(files, work, options, workers, bar)
-        repeats = [] if keep_duplicates else find_duplicates(parts, tokenizer, workers)
-        sides = decide(parts, repeats, val_fraction)
+        parts, keys = make_parts(files, work, options, workers, bar)
+        repeats = [] if keep_duplicates else find_duplicates(keys, parts, tokenizer, workers)
+        sides = decide(keys, repeats, val_fraction)
         if (sides == LEFT_OUT).all():
             shutil.rmtree(work.parent)
             raise DataError(f"{', '.join(sources)}: no text in it")
-        write_bins(work, parts, sides, encoding.eot_token)
+        write_bins(work, parts, keys, sides, encoding.eot_token)
         bins = {side: work / f"{side}.bin" for side in ("train", "val")}
         if not (sides == VAL).any():                # a single document, or equal ones
             halve(*bins.values(), val_fraction, encoding)
         splits = {side: count_bin(path, encoding) for side, path in bins.items()}
-        counts = count_sources(parts, sides, len(sources))
+        counts = count_sources(parts, keys, sides, len(sources))
         meta = dict(tokenizer=tokenizer, vocab_size=encoding.n_vocab, splits=splits,
                     sources=[dict(source=name, **count, passed_over=dict(passed))
                              for name, count, passed in zip(sources, counts, passed_over)],

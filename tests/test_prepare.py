@@ -442,7 +442,7 @@ def test_what_was_done_before_a_bad_line_is_kept_and_skip_bad_goes_on(corpus):
         f.write("broken\n")
     with pytest.raises(DataError, match="line 751"):
         prepared([corpus / "a.jsonl"], corpus / "out")
-    assert len(list((corpus / "out/prepare.work").glob("*/*.npy"))) > 10
+    assert len(list((corpus / "out/prepare.work").glob("*/*.npz"))) > 10
     prepared([corpus / "a.jsonl"], corpus / "out", skip_bad=True)
     assert same_bins(corpus / "out", corpus / "whole")
 
