@@ -714,7 +714,7 @@ SIMILAR = 0.8       # Jaccard similarity of 5-grams from which a document repeat
 TRAIN, VAL, LEFT_OUT = 0, 1, -1
 
 
-@functools.lru_cache(32)
+@functools.lru_cache(4)
 def tokens_of(part):
     return np.load(part)["tokens"]
 
