@@ -817,19 +817,17 @@ def count_sources(parts, keys, sides, n_sources):
 
 def halve(train_bin, val_bin, val_fraction, encoding):
     """Move the end of the only document in train_bin to val_bin, from a line end if there is one."""
-    target = int((1 - val_fraction) * (train_bin.stat().st_size // 2 - 1))
+    tokens = np.memmap(train_bin, "<u2", "r")
+    target = int((1 - val_fraction) * (len(tokens) - 1))
     near = max(0, target - 2**22)
     last_bytes = [encoding.decode_single_token_bytes(token)[-1:] for token in range(encoding.n_vocab)]
     ends_line = np.array([last == b"\n" for last in last_bytes])
-    tokens = np.fromfile(train_bin, "<u2", target - near, offset=2 * near)
-    after = near + 1 + np.flatnonzero(ends_line[tokens])
+    after = near + 1 + np.flatnonzero(ends_line[tokens[near:target]])
     cut = int(after[-1]) if len(after) else target
-    with open(train_bin, "r+b") as train, open(val_bin, "wb") as val:
-        train.seek(2 * cut)
-        shutil.copyfileobj(train, val)
-        train.seek(2 * cut)
-        train.write(np.array([encoding.eot_token], "<u2").tobytes())
-        train.truncate()
+    tokens[cut:].tofile(val_bin)
+    os.truncate(train_bin, 2 * cut)
+    with open(train_bin, "ab") as train:
+        np.array([encoding.eot_token], "<u2").tofile(train)
 
 
 def count_bin(path, encoding):
