@@ -8,8 +8,8 @@
 
 A source is a corpus of --list, or anything that fsspec opens: a file, a folder, a pattern of files,
 hf://datasets/..., s3://..., https://... A .jsonl or .ndjson holds a document a line, in the field "text" (or
---field); so does a .json whose lines are objects. A .parquet holds one a row. Any other file (.txt, .md, .py,
-...) is one document, or several with --separator. .gz, .xz, .bz2 and .zst are read as they are.
+--field); so does a .json, which is passed over in a folder. A .parquet holds one a row. Any other file (.txt,
+.md, .py, ...) is one document, or several with --separator. .gz, .xz, .bz2 and .zst are read as they are.
 
 Writes OUT/train.bin and OUT/val.bin in nanoGPT's format (headerless little-endian uint16, <|endoftext|> after
 each document), and OUT/meta.json: tokenizer, counts, sha256, what was left out. Exact and near duplicates are
@@ -150,9 +150,9 @@ CORPORA = {     # name: a pattern; or [(address, git's hash, cut)] of files to d
 NOT_PYTHON = {"test", "tests", "idle_test", "__pycache__", "site-packages", "dist-packages"}
 TEXT = (".txt .text .md .markdown .rst .tex .org .html .htm .xml .css .py .pyi .c .h .cc .cpp .hpp .cu .java "
         ".js .jsx .ts .tsx .go .rs .rb .php .pl .sh .sql .r .jl .lua .scala .kt .swift .cs .hs .ml .el .lisp")
-# by the ending of its name; any other file is text if it is named, and passed over in a folder
-KINDS = dict.fromkeys(TEXT.split(), "text") | {".jsonl": "line", ".ndjson": "line", ".json": "line",
-                                               ".parquet": "row"}
+# by the ending of its name; a folder's other files are passed over, for .json is hardly ever lines there
+KINDS = dict.fromkeys(TEXT.split(), "text") | {".jsonl": "line", ".ndjson": "line", ".parquet": "row"}
+NAMED = {".json": "line"}       # of a file or pattern that is named; others are text
 
 
 @contextmanager
@@ -202,11 +202,7 @@ def find_files(source, passed_over):
     files = []
     for path in sorted(paths, key=lambda path: path.split("/")):
         last = ENDING.search(path.lower())[1]
-        kind = KINDS.get(last, "" if in_folder else "text")
-        if last == ".json" and not has_json_lines(fs, path):
-            kind = ""
-            if not in_folder:
-                raise DataError(f"{path}: expected a JSON object a line; jq -c '.[]' makes lines of an array")
+        kind = KINDS.get(last) or ("" if in_folder else NAMED.get(last, "text"))
         if kind:
             files.append(File(fs, path, kind))
         else:
@@ -225,14 +221,6 @@ def walk(fs, folder, seen):
         for entry in fs.ls(folder, detail=True):
             is_folder = entry["type"] == "directory" or entry.get("islink") and fs.isdir(entry["name"])
             yield from walk(fs, entry["name"], seen) if is_folder else [entry["name"]]
-
-
-def has_json_lines(fs, path):
-    with open_file(fs, path) as (f, _):
-        try:
-            return isinstance(json.loads(f.readline(PIECE)), dict)
-        except ValueError:
-            return False
 
 
 def corpus_files(name):

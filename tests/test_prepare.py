@@ -249,14 +249,14 @@ def test_a_folder_is_searched_for_text_and_says_what_it_passes_over(tmp_path, ru
     (folder / "link").symlink_to("../elsewhere")
     (folder / "link.txt").symlink_to("../elsewhere/d.rst")
     (folder / "round").symlink_to(".")
-    (folder / "e.json").write_text('{"text": "text of e"}\n')
+    (tmp_path / "e.json").write_text('{"text": "text of e"}\n')
     for name in ("x.png", "y.png", "README", "config.json"):
         (folder / name).write_text("[\n1]")
-    result = run("prepare.py", "text", "--out=out", "--tokenizer=bytes", cwd=tmp_path)
+    result = run("prepare.py", "text", "e.json", "--out=out", "--tokenizer=bytes", cwd=tmp_path)
     documents = documents_of(tmp_path / "out/train.bin") + documents_of(tmp_path / "out/val.bin")
     names = ("a.TXT", "b.md", "sub.jsonl/c.py", "../elsewhere/d.rst", "data[1].txt", "e")
     assert sorted(documents) == sorted(f"text of {name}" for name in names), result.stderr
-    (source,) = json.loads((tmp_path / "out/meta.json").read_text())["sources"]
+    source, _ = json.loads((tmp_path / "out/meta.json").read_text())["sources"]
     assert source["passed_over"] == {".png": 2, "no ending": 1, ".json": 1}
     assert "2 .png" in result.stdout
     assert list(p.texts(str(folder / "data[1].txt"))) == ["text of data[1].txt"]        # a name before a pattern
