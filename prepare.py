@@ -478,13 +478,13 @@ def without_punctuation(text):
 class Grams:
     """Finds the N-grams of test items in documents. grams: {"the words ...": {item, ...}}.
 
-    texts: pairs (item, text), an item any hashable name. Memory is for the test items alone (0.5 GB for the
+    texts: pairs (item, text), an item any hashable name. Memory is for the test items alone (0.7 GB for the
     four test sets), whatever the size of the corpus. too_short: how many items are not looked for.
     """
 
     def __init__(self, texts):
         self.grams, self.lengths = {}, set()
-        self.seen = np.zeros(2**24, dtype=bool)     # a cheap first look, by a hash of a gram's first 8 words
+        self.heads = set()          # hashes of the first 8 words of the grams, for a cheap first look
         long_enough = {}
         for item, text in texts:
             words = split_words(without_punctuation(text.lower()))
@@ -492,25 +492,17 @@ class Grams:
             long_enough[item] = long_enough.get(item) or n >= MIN_WORDS
             if n >= MIN_WORDS:
                 self.lengths.add(n)
-                self.seen[self.slots(words)[:len(words) - n + 1]] = True
                 for i in range(len(words) - n + 1):
+                    self.heads.add(hash(tuple(words[i:i + MIN_WORDS])))
                     self.grams.setdefault(" ".join(words[i:i + n]), set()).add(item)
         self.too_short = list(long_enough.values()).count(False)
-
-    @staticmethod
-    def slots(words):
-        """For each 8 words in a row, the place of their hash in `seen`: (len(words) - 7,)."""
-        hashes = np.fromiter(map(hash, words), np.int64, len(words)).view(np.uint64)
-        rolled = np.zeros(max(0, len(words) - MIN_WORDS + 1), np.uint64)
-        for i in range(MIN_WORDS):
-            rolled = rolled * MIX + hashes[i:i + len(rolled)]       # modulo 2**64
-        return rolled >> np.uint64(40)
 
     def find(self, text):
         """Every occurrence of a gram in a text: a list of (start, end, gram), in characters, by start."""
         words = split_words(without_punctuation(text.lower()))
         found = []
-        for i in np.flatnonzero(self.seen[self.slots(words)]).tolist():
+        heads = zip(*(words[k:] for k in range(MIN_WORDS)))         # all 8 words in a row
+        for i in [i for i, head in enumerate(heads) if hash(head) in self.heads]:
             for n in self.lengths:
                 gram = " ".join(words[i:i + n])
                 if i + n <= len(words) and gram in self.grams:      # the words themselves, not their hashes
