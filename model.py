@@ -769,12 +769,9 @@ class GPT(nn.Module):
         self.config.block_size = block_size
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None, top_p=None):
-        """Continue idx (B, T) by sampling; returns (B, T + max_new_tokens). Temperature 0 is greedy.
-
-        top_k: only the k most likely tokens; top_p: only the fewest most likely tokens that have this
-        probability together (Holtzman et al. 2020, arXiv:1904.09751).
-        """
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None):
+        """Continue idx (B, T), sampling from the top_k likeliest tokens; returns (B, T + max_new_tokens).
+        Temperature 0 is greedy."""
         block_size, V = self.config.block_size, self.config.vocab_size
         for i in range(max_new_tokens):
             if i == 0 or idx.size(1) > block_size:      # a window that slides changes every position
@@ -787,10 +784,6 @@ class GPT(nn.Module):
                 if top_k is not None:
                     logits[logits < logits.topk(min(top_k, V)).values[:, -1:]] = -math.inf
                 p = torch.softmax(logits / temperature, dim=-1)
-                if top_p is not None:
-                    ranked, tokens = p.sort(dim=-1, descending=True)
-                    ranked[ranked.cumsum(-1) - ranked >= top_p] = 0         # those before it are enough
-                    p = torch.zeros_like(p).scatter(-1, tokens, ranked)
                 token = torch.multinomial(p, 1, generator=generator)            # (B, 1)
             idx = torch.cat((idx, token), dim=1)
         return idx
