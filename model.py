@@ -679,7 +679,7 @@ class GPT(nn.Module):
         self.register_buffer("slopes", slopes, persistent=False)
         self.checkpointing = False      # recompute each layer in the backward instead of keeping it
 
-        # as in GPT-2: smaller for projections into the residual stream, whose variance depth would raise
+        # as in GPT-2: projections into the residual stream are smaller, else its variance grows with depth
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 residual = name.endswith("c_proj.weight")
@@ -726,7 +726,7 @@ class GPT(nn.Module):
         return loss.view_as(targets) if reduction == "none" else loss
 
     def crop_block_size(self, block_size):
-        """Change the context length in place. Learned positions can only become fewer (or ModelError)."""
+        """Change the context length in place. Learned positions can only become fewer, else ModelError."""
         if self.wpe is not None:
             if block_size > len(self.wpe.weight):
                 raise ModelError(f"block_size={block_size}: learned positions end at {len(self.wpe.weight)}")
@@ -819,7 +819,7 @@ def build(config, weights, source):
 
 # ---- Hugging Face, in and out, by transformers
 
-# what config.json must say; of the last two the logits of a probe may show nothing
+# what config.json must say; the last two may leave no trace in the logits of a probe
 SUPPORTED = dict(model_type=["gpt2", "mpt"], layer_norm_epsilon=[1e-5], clip_qkv=[None])
 # what each tokenizer makes of a text that others cut differently, and of its last token
 PROBE = "It's 12,345 O'Clock\r\n\n naïve  e\u0301 🙂"

@@ -441,6 +441,9 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
     m.save(str(path), model, tokenizer="bytes")
     path.write_bytes(path.read_bytes()[:-2000])
     refused("cut short")
+    torch.save(whole, path, _use_new_zipfile_serialization=False)
+    path.write_bytes(path.read_bytes()[:111])       # here torch raises struct.error
+    refused("cut short")
 
 
 def test_the_command_exports_a_checkpoint(run, refused, tmp_path):
