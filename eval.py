@@ -266,10 +266,9 @@ def parse(argv):
     add("--max_new_tokens", type=int, default=200)
     add("--temperature", type=float, default=0.8, help="0: always the likeliest token")
     add("--top_k", type=int, help="sample among the k likeliest tokens only")
-    add("--top_p", type=float, help="sample among the fewest tokens of this probability")
     add("--seed", type=int, default=1337)
     args = parser.parse_args(argv)
-    bounds = dict(temperature=(0, 1e6), top_p=(1e-6, 1), seed=(0, 2**63 - 1))
+    bounds = dict(temperature=(0, 1e6), seed=(0, 2**63 - 1))
     for key, value in vars(args).items():
         low, high = bounds.get(key, (1, 2**31 - 1))
         if isinstance(value, (int, float)) and not low <= value <= high:
@@ -292,7 +291,7 @@ def continue_text(args, device, autocast):
             raise DataError(f"--prompt: {len(tokens)} tokens, expected 1 to {block_size}, {name}'s context")
         idx, rng = torch.tensor([tokens], device=device), torch.Generator(device).manual_seed(args.seed)
         with autocast:
-            idx = model.generate(idx, args.max_new_tokens, args.temperature, args.top_k, rng, args.top_p)
+            idx = model.generate(idx, args.max_new_tokens, args.temperature, args.top_k, rng)
         print(tokenizer.decode(idx[0].tolist()))
 
 

@@ -1,6 +1,6 @@
 """grow.py: the function stays, copies part, and nothing is written that is not exact."""
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def grown(model, depth="identity", **size):
     """model made larger, in float64."""
     new, model = replace(model.config, **size), deepcopy(model)
     silent = g.deepen(model, depth, new.n_layer)
-    return m.build(new, dict(g.grow_weights(model, new, silent)), "grown").eval()
+    return m.build(asdict(new), dict(g.grow_weights(model, new, silent)), "grown").eval()
 
 
 def tokens(seed=0, B=2, T=16):
