@@ -17,7 +17,6 @@ A new task is a function and a row of TASKS, here "arc": (arc, "choice"). It rea
     def arc(item):
         return item["question"], [f" {answer}" for answer in item["answers"]], item["label"]
 """
-import hashlib
 import json
 import math
 import os
@@ -38,7 +37,8 @@ from tqdm import tqdm
 
 from model import ModelError, load
 from prepare import (TEST_SETS, DataError, NoBin, Parser, count_words, detokenise, get_tokenizer, open_bin,
-                     open_data, test_files, test_grams, test_items, texts, token_bytes, write_whole)
+                     open_data, sha256_of, test_files, test_grams, test_items, texts, token_bytes,
+                     write_whole)
 
 # ---------------------------------------------------------------------------------------------
 # Tasks. A function turns an item into an example: (context, answers, number of the right answer),
@@ -368,9 +368,7 @@ def make_plan(args):
     if not jobs:
         raise DataError("nothing to score; name a data set with --data")
     leaks = audit(args.audit, audited, args.eval_data) if args.audit else {}
-    hashes = {str(file): hashlib.sha256(Path(file).read_bytes()).hexdigest()
-              for file in files if os.path.isfile(file)}
-    return jobs, leaks, hashes
+    return jobs, leaks, {str(file): sha256_of(file) for file in files if os.path.isfile(file)}
 
 
 def main(argv):

@@ -268,6 +268,11 @@ def write_whole(path, data):
     os.replace(tmp, path)
 
 
+def sha256_of(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
 def records(source, file, field="text", separator="", bar=None):
     """The Records of a File. bar moves by the bytes read. Raises DataError."""
     with open_file(file.fs, file.path) as (f, raw):
