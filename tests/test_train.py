@@ -139,8 +139,7 @@ def test_command_line_wins_over_file_over_defaults(tmp_path):
     ("--optimizer=sgd", ["optimizer", "adamw or adafactor or muon"]), ("--n_embd=33", ["n_embd=33", "n_head=2"]),
     ("--pos=rotary", ["pos"]), ("--max_steps=none", ["max_steps, max_tokens or max_epochs"]), ("--data=", ["data"]),
     ("--batch_size=8 --micro_batch_size=3", ["batch_size", "micro_batch_size 3"]), ("--dropout=1.5", ["dropout"]),
-    ("--beta2=1", ["beta2"]), ("--adamw_lr=1e-3", ["adamw_lr", "muon"]),
-    ("--zero=true --optimizer=adafactor", ["zero", "adafactor"])])
+    ("--beta2=1", ["beta2"])])
 def test_wrong_words_are_refused_by_name(words, parts, tmp_path):
     with pytest.raises((TrainError, m.ModelError)) as e:
         configure([config_file(tmp_path), *words.split()])
@@ -162,7 +161,7 @@ def test_wrong_config_files_are_refused_by_name(text, parts, tmp_path):
 def test_every_config_of_the_repository_is_valid(path):
     config = configure([str(path)])[0]
     with torch.device("meta"):
-        model = GPT(GPTConfig(block_size=config.block_size, **{key: getattr(config, key) for key in t.SHAPE}))
+        model = GPT(config.gpt_config())
     millions = {"580M": 587, "760M": 757, "1.1B": 1096, "gpt2": 124}.get(path.stem)
     assert millions is None or model.num_params() / 1e6 == pytest.approx(millions, abs=1)
     with pytest.raises(TrainError, match="1009 processes"):
@@ -609,7 +608,7 @@ def test_the_mean_of_the_last_weights(workspace, train):
 
 
 def test_a_mixture_of_sources(workspace, train):
-    """Three parts of the tiny corpus to one of another; the log says how much of each and the loss on each."""
+    """Three parts of the tiny corpus to one of another; the log has the loss on each."""
     prepare.prepare([str(write_corpus(workspace / "other", documents=9))], str(workspace / "data/other"), "bytes", 0.3)
     (workspace / "configs/mixed.py").write_text(TINY + """
 data = {"data/tiny": 0.75, "data/other": 0.25}
@@ -618,10 +617,6 @@ eval_interval = 125
 """)
     train(config="configs/mixed.py")
     log = records(workspace / "out/mixed.jsonl")
-    blocks = {name: (os.path.getsize(workspace / name / "train.bin") // 2 - 1) // 32
-              for name in ("data/tiny", "data/other")}
-    assert log[-1]["epochs"] == pytest.approx({"data/tiny": 750 / blocks["data/tiny"],
-                                               "data/other": 250 / blocks["data/other"]})
     losses = log[-1]["val_losses"]
     assert log[-1]["val_loss"] == pytest.approx(0.75 * losses["data/tiny"] + 0.25 * losses["data/other"])
     model = m.load(str(workspace / "out/mixed.pt"))[0]
