@@ -197,8 +197,7 @@ DECK = 1000         # samples of a mixture in which every source has exactly its
 def cut(bins, T, name):
     """The blocks of T tokens in several bins as one list, each with the token after it: (T + 1,) uint16."""
     views = [sliding_window_view(tokens, T + 1)[::T] for tokens in bins if len(tokens) > T]
-    if not views:
-        raise DataError(f"{name}: {sum(map(len, bins)):,} tokens, expected more than block_size={T}")
+    expect(views, f"{name}: {sum(map(len, bins)):,} tokens, expected more than block_size={T}")
     return ConcatDataset(views)
 
 
@@ -217,10 +216,8 @@ def apportion(shares):
 
 
 class Loader:
-    """Batches of blocks, the same for any number of processes. No state is needed to resume.
-
-    Each source comes in a new random order each epoch. Shares of several are dealt from one shuffled deck.
-    """
+    """Batches of blocks, the same for any number of processes; it has no state. Each source comes in a new
+    random order each epoch; several are dealt by their shares from one shuffled deck."""
 
     def __init__(self, sources, shares, batch_size, seed):
         self.sources, self.counts, self.batch_size = sources, apportion(shares), batch_size
@@ -300,8 +297,8 @@ def make_optimizer(model, config):
 
 
 def train_step(model, optimizers, rows, micro_batch_size, autocast, grad_clip, scaler, stop=()):
-    """One step over rows (share, T + 1), micro_batch_size of them at a time. Returns the mean loss of all
-    ranks, the gradient's norm before clipping, and whether `stop` holds anything on any rank.
+    """One step over rows (share, T + 1), micro_batch_size at a time. Returns the mean loss of all ranks, the
+    gradient's norm before clipping, and whether `stop` holds anything on any rank.
 
     Where loss or norm is not finite, no rank changes its weights. Waits for the device once, before the
     optimizer, which runs while the next batch is fetched.
@@ -353,6 +350,21 @@ def evaluate(model, sources, batch_size, autocast):
 
 
 # ---- The machine
+def choose_device(config):
+    """Set device and dtype where they are "auto", and make this process ready for the device."""
+    here = [kind for kind in ("cuda", "mps", "cpu") if torch.get_device_module(kind).is_available()]
+    config.device = here[0] if config.device == "auto" else config.device
+    expect(config.device in here, f"device = {config.device}: torch sees only {', '.join(here)} here")
+    best = "float32"
+    if config.device == "cuda":
+        torch.cuda.set_device(LOCAL_RANK)
+        best = "bfloat16" if torch.cuda.get_device_capability() >= (8, 0) else "float16"
+    elif config.device == "cpu":
+        keep_memory()
+        best = "bfloat16" if torch.cpu.get_capabilities().get("avx512_bf16") else "float32"
+    config.dtype = best if config.dtype == "auto" else config.dtype
+
+
 def keep_memory():
     """Let glibc keep freed memory: a step on a CPU allocates the same activations again, and fetching them
     from the kernel can cost more than the arithmetic. The process keeps its peak (logs/speed/)."""
@@ -368,14 +380,6 @@ def matmul_flops(device, dtype):
     a = torch.randn(n, n, device=device).to(dtype)
     seconds = timeit.repeat(lambda: (a @ a)[0, 0].item(), number=1, repeat=times)   # .item() waits
     return 2 * n**3 / min(seconds)
-
-
-def faster_dtype(device):
-    """bfloat16 where the device has units for it; else float16 on CUDA, float32 on others."""
-    if device.type == "cuda":
-        return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
-    units = device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16")
-    return "bfloat16" if units else "float32"
 
 
 def memory(device):
@@ -495,14 +499,9 @@ class Progress:
 
 
 def load_state(out, config, given, data):
-    """(state, {key: [old, new]} of the keys that changed), or (None, {}) for a new run.
-
-    data: what identifies it. Raises TrainError where the state is another run's, or where a new run would
-    overwrite what was trained.
-    """
+    """(state, {key: [old, new]} of the keys that changed), or (None, {}) where there is none. data: what
+    identifies it. Raises TrainError where the state is another run's, or a model has lost its state."""
     path, again = f"{out}.state.pt", "--resume=false starts over"
-    if not config.resume:
-        return None, {}
     if not os.path.exists(path):
         expect(not os.path.exists(f"{out}.pt"), f"{out}.pt is here without its .state.pt; {again}")
         return None, {}
@@ -568,7 +567,7 @@ def main(config, given, name, path):
         get_tokenizer(meta["tokenizer"])
 
     # ---- model and optimizer, new or where the run stopped
-    state, changed = load_state(out, config, given, data)
+    state, changed = load_state(out, config, given, data) if config.resume else (None, {})
     torch.manual_seed(config.seed)
     if state:
         model, lineage = GPT(GPTConfig(**state["model_config"])), state["lineage"]
@@ -643,12 +642,11 @@ def main(config, given, name, path):
             if val_loss < run.best:
                 run.best, run.best_step = val_loss, run.step
                 save_model(f"{out}.pt", val_loss)
-            bits, word_perplexity = val_loss / math.log(2), perplexity(val_loss / words_per_token)
-            record = dict(val_loss=val_loss, bits_per_byte=bits / bytes_per_token,
-                          word_perplexity=word_perplexity)
+            scores = dict(val_loss=val_loss, bits_per_byte=val_loss / math.log(2) / bytes_per_token,
+                          word_perplexity=perplexity(val_loss / words_per_token))
             if len(losses) > 1:     # a mixture
-                record["val_losses"] = dict(zip(val_rows, losses))
-            log.write(step=run.step, tokens=run.step * tokens_per_step, **record)
+                scores["val_losses"] = dict(zip(val_rows, losses))
+            log.write(step=run.step, tokens=run.step * tokens_per_step, **scores)
             if RANK == 0 and run.step:
                 log.plot(f"{out}.png")
         if ending:
@@ -688,10 +686,11 @@ def main(config, given, name, path):
         save_model(f"{out}.avg.pt", mean_loss)
         print0(f"mean of the weights at steps {run.mean_of}: val loss {mean_loss:.4f}, {out}.avg.pt")
     train_loss = next((r["loss"] for r in reversed(log.records) if "loss" in r), math.nan)
-    epoch, last = run.best_step * epochs_per_step, run.step * epochs_per_step
+    best, last = run.best_step * epochs_per_step, run.step * epochs_per_step
     print0("\n| context | model | train loss | val loss | val ppl | adj val ppl | best epoch | run |\n"
            f"|{'---|' * 8}\n| {T} | {config.init_from or name} | {train_loss:.4f} | {val_loss:.4f} | "
-           f"{perplexity(val_loss):.2f} | {word_perplexity:.2f} | {epoch:.2f} of {last:.2f} | {out} |")
+           f"{perplexity(val_loss):.2f} | {scores['word_perplexity']:.2f} | "
+           f"{best:.2f} of {last:.2f} | {out} |")
     if log.wandb:
         log.wandb.finish()
     if RANK == 0:
@@ -703,15 +702,7 @@ def start(argv):
     config, given, name = configure(argv, WORLD)
     if config.plan:
         return plan(config, name)
-    here = [kind for kind in ("cuda", "mps", "cpu") if torch.get_device_module(kind).is_available()]
-    config.device = here[0] if config.device == "auto" else config.device
-    expect(config.device in here, f"device = {config.device}: torch sees only {', '.join(here)} here")
-    if config.device == "cpu":
-        keep_memory()
-    if config.device == "cuda":
-        torch.cuda.set_device(LOCAL_RANK)
-    if config.dtype == "auto":
-        config.dtype = faster_dtype(torch.device(config.device))
+    choose_device(config)
     torchrun = "RANK" in os.environ
     config.resume |= os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"       # torchrun, after a crash
     with lock(os.path.join(config.out_dir, f"{name}.lock")) if RANK == 0 else nullcontext():
