@@ -186,6 +186,7 @@ def check(config, path, world):
          "max_steps", "a length: max_steps, max_tokens or max_epochs")
     need(config.batch_size % (world * config.micro_batch_size) == 0, "batch_size",
          f"a multiple of {world} processes x micro_batch_size {config.micro_batch_size}")
+    need(not config.adamw_lr or config.optimizer == "muon", "adamw_lr", "optimizer = muon along with it")
     if not config.init_from:
         config.gpt_config()
 
@@ -517,18 +518,19 @@ def load_state(out, config, given, data):
     return state, changed
 
 
-def make_model(config, given, meta, path, out):
-    """(model, lineage) of a new run, from scratch or from init_from. Raises ModelError, TrainError."""
+def make_model(config, given, meta, path, out, state):
+    """(model, lineage); of a state without its weights yet. Raises ModelError, TrainError."""
     source = config.init_from
+    if state:
+        return GPT(GPTConfig(**state["model_config"])), state["lineage"]
     if not source:
         return GPT(config.gpt_config(meta["vocab_size"])), []
     own = [os.path.realpath(f"{out}{end}.pt") for end in ("", ".avg")]
     expect(os.path.realpath(source) not in own,
            f"init_from = {source}: this run would overwrite it; choose an out_dir")
     with open(path) as f:       # the configs of grown models say how they are made
-        commands = [line.strip("# \n") for line in f if "grow.py" in line and source in line]
-    expect(os.path.exists(source) or not source.endswith(".pt"),
-           "; first: ".join([f"init_from = {source}: no such file", *commands[:1]]))
+        how = next((s.strip("# \n") for s in f if "grow.py" in s and source in s), "make it first")
+    expect(os.path.exists(source) or not source.endswith(".pt"), f"init_from = {source}: no such file; {how}")
     model, parent = load(source)
     for key in SHAPE:
         have, asked = getattr(model.config, key), getattr(config, key)
@@ -569,11 +571,7 @@ def main(config, given, name, path):
     # ---- model and optimizer, new or where the run stopped
     state, changed = load_state(out, config, given, data) if config.resume else (None, {})
     torch.manual_seed(config.seed)
-    if state:
-        model, lineage = GPT(GPTConfig(**state["model_config"])), state["lineage"]
-        model.load_state_dict(state["model"])
-    else:
-        model, lineage = make_model(config, given, meta, path, out)
+    model, lineage = make_model(config, given, meta, path, out, state)
     model.to(device).train()
     model.config.dropout, model.checkpointing = config.dropout, config.checkpoint
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
@@ -581,6 +579,7 @@ def main(config, given, name, path):
     optimizers, run = make_optimizer(model, config), Progress()
     if state:
         run = Progress(**state["progress"])
+        model.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"]):
             groups = zip(optimizer.param_groups, saved["param_groups"])     # its moments, the config's rates
             saved["param_groups"] = [dict(group, params=old["params"]) for group, old in groups]

@@ -139,7 +139,7 @@ def test_command_line_wins_over_file_over_defaults(tmp_path):
     ("--optimizer=sgd", ["optimizer", "adamw or adafactor or muon"]), ("--n_embd=33", ["n_embd=33", "n_head=2"]),
     ("--pos=rotary", ["pos"]), ("--max_steps=none", ["max_steps, max_tokens or max_epochs"]), ("--data=", ["data"]),
     ("--batch_size=8 --micro_batch_size=3", ["batch_size", "micro_batch_size 3"]), ("--dropout=1.5", ["dropout"]),
-    ("--beta2=1", ["beta2"])])
+    ("--beta2=1", ["beta2"]), ("--adamw_lr=1e-3", ["adamw_lr", "muon"])])
 def test_wrong_words_are_refused_by_name(words, parts, tmp_path):
     with pytest.raises((TrainError, m.ModelError)) as e:
         configure([config_file(tmp_path), *words.split()])
