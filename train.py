@@ -1,6 +1,6 @@
 """Train a GPT.
 
-    python train.py configs/quickstart.py --max_steps=20 --dtype float32
+    python train.py configs/quickstart.py --max_steps=20 --seed 1
     torchrun --nproc_per_node=8 train.py configs/1.1B.py                one node of 8 GPUs
     python train.py configs/1.1B.py --plan=8                            memory and hours on 8 GPUs
 
@@ -377,7 +377,7 @@ def keep_memory():
 
 def matmul_flops(device, dtype):
     """FLOP/s of this device in a large product of square matrices: what MFU is measured against."""
-    n, times = (8192, 60) if device.type == "cuda" else (768, 4)
+    n, times = (8192, 60) if device.type == "cuda" else (512, 4)
     a = torch.randn(n, n, device=device).to(dtype)
     seconds = timeit.repeat(lambda: (a @ a)[0, 0].item(), number=1, repeat=times)   # .item() waits
     return 2 * n**3 / min(seconds)
