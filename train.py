@@ -1,6 +1,6 @@
 """Train a GPT.
 
-    python train.py configs/quickstart.py --max_steps=20 --dtype float32
+    python train.py configs/quickstart.py --max_steps=20 --seed 1
     torchrun --nproc_per_node=8 train.py configs/1.1B.py                one node of 8 GPUs
     python train.py configs/1.1B.py --plan=8                            memory and hours on 8 GPUs
 
@@ -29,28 +29,26 @@ import runpy
 import signal
 import subprocess
 import time
-from contextlib import contextmanager, nullcontext
+import timeit
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from typing import Literal, get_args
 from unittest.mock import patch
 
-os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")     # for torch: less fragmentation
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.lib.stride_tricks import sliding_window_view
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import ConcatDataset
 
-import numpy as np                                                          # noqa: E402
-import torch                                                                # noqa: E402
-import torch.distributed as dist                                            # noqa: E402
-from numpy.lib.stride_tricks import sliding_window_view                     # noqa: E402
-from torch.nn.parallel import DistributedDataParallel                       # noqa: E402
-from torch.utils.data import ConcatDataset                                  # noqa: E402
-
-from model import GPT, GPTConfig, ModelError, atomic_save, load, load_pickle, save              # noqa: E402
-from prepare import DataError, NoBin, count_words, get_tokenizer, lock, open_data, token_bytes  # noqa: E402
+from model import GPT, GPTConfig, ModelError, atomic_save, load, load_pickle, save
+from prepare import DataError, count_words, get_tokenizer, lock, open_data, token_bytes
 
 RANK, LOCAL_RANK = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))     # by torchrun
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 MAX_SKIPS = 10                          # steps in a row whose loss or gradient is not finite
-PATIENCE = timedelta(minutes=10)        # how long a rank waits for another before all of them end
 
 
 class TrainError(ValueError):
@@ -114,6 +112,11 @@ class Config:
     bias: bool = True
     pos: Literal["learned", "alibi"] = "learned"
 
+    def gpt_config(self, vocab_size=50257):
+        """The GPTConfig of a model from scratch. Raises ModelError."""
+        shape = {key: getattr(self, key) for key in ("block_size", "dropout", *SHAPE)}
+        return GPTConfig(vocab_size=vocab_size, **shape)
+
 
 SHAPE = ("n_layer", "n_head", "n_embd", "bias", "pos")
 IDENTITY = ("data", "init_from", "seed", "batch_size", "block_size", "optimizer", *SHAPE)   # fixed for a run
@@ -127,15 +130,16 @@ def configure(argv, world=1):
     world: processes that share a batch. Raises TrainError, ModelError; loads nothing."""
     path, *words = argv or ["configs/NAME.py"]
     try:
-        values = runpy.run_path(path)
+        assigned = runpy.run_path(path)
     except Exception as e:      # no such file, or whatever a wrong line in it raises
         raise TrainError(f"{path}: {type(e).__name__}: {e}") from None
     types = {f.name: get_args(f.type) or (f.type,) for f in fields(Config)}
-    settings = [(path, key, value) for key, value in values.items() if not key.startswith("_")
+    settings = [(path, key, value) for key, value in assigned.items() if not key.startswith("_")
                 and (key in types or isinstance(value, (str, int, float, dict)))]       # not what it imports
-    while words:
-        word, equals, value = words.pop(0).partition("=")
-        settings.append((word, word.removeprefix("--"), value if equals else words.pop(0) if words else ""))
+    words = iter(words)
+    for word in words:
+        key, equals, value = word.removeprefix("--").partition("=")
+        settings.append((word, key, value if equals else next(words, "")))
     config = Config()
     for source, key, value in settings:
         near = difflib.get_close_matches(key, types, n=1) or ["another key of Config in train.py"]
@@ -159,35 +163,32 @@ def convert(value, types):
         value = number(value) if number(value) == value else value      # 1 stands for 1.0, 1e3 for 1000
     if type(value) not in types and value not in types:
         raise ValueError
+    if isinstance(value, dict):
+        return {os.path.expanduser(str(folder)): share for folder, share in value.items()}
     return os.path.expanduser(value) if isinstance(value, str) else value
 
 
 def check(config, path, world):
-    """Refuse what cannot be trained. Raises TrainError, ModelError."""
-    shares = [1]
-    if isinstance(config.data, dict):
-        config.data = {os.path.expanduser(str(folder)): share for folder, share in config.data.items()}
-        shares = config.data.values()
+    """Set micro_batch_size, and refuse what cannot be trained. Raises TrainError, ModelError."""
+    def need(holds, key, expected):
+        expect(holds, f"{path}: {key} = {getattr(config, key)!r}, expected {expected}")
+
     if config.micro_batch_size is None:
         config.micro_batch_size = max(1, config.batch_size // world)
-    micro = config.micro_batch_size
-    rules = [(key, 0 < value < BELOW.get(key, math.inf) or value == 0 and key in MAY_BE_ZERO,
-              f"{'at least' if key in MAY_BE_ZERO else 'more than'} 0, less than {BELOW.get(key, math.inf)}")
-             for key, value in vars(config).items() if type(value) in (int, float)]
-    rules += [
-        ("data", config.data, "a folder made by prepare.py"),
-        ("data", all(type(share) in (int, float) and 0 < share < math.inf for share in shares)
-         and apportion(shares).all(), f"shares of at least one sample in {DECK}"),
-        ("max_steps", config.max_steps or config.max_tokens or config.max_epochs,
-         "a length: max_steps, max_tokens or max_epochs"),
-        ("batch_size", config.batch_size % max(1, world * micro) == 0,
-         f"a multiple of {world} processes x micro_batch_size {micro}"),
-        ("zero", not config.zero or config.optimizer != "adafactor", "False: adafactor's state is small"),
-        ("adamw_lr", not config.adamw_lr or config.optimizer == "muon", "optimizer = muon along with it")]
-    for key, holds, expected in rules:
-        expect(holds, f"{path}: {key} = {getattr(config, key)!r}, expected {expected}")
+    for key, value in vars(config).items():
+        if type(value) in (int, float):
+            least, end = "at least" if key in MAY_BE_ZERO else "more than", BELOW.get(key, math.inf)
+            need(0 < value < end or value == 0 and key in MAY_BE_ZERO, key, f"{least} 0, less than {end}")
+    shares = config.data.values() if isinstance(config.data, dict) else [1]
+    need(config.data and all(type(share) in (int, float) and 0 < share < math.inf for share in shares)
+         and apportion(shares).all(), "data", f"a folder, or a mixture with a sample of each in {DECK}")
+    need(config.max_steps or config.max_tokens or config.max_epochs,
+         "max_steps", "a length: max_steps, max_tokens or max_epochs")
+    need(config.batch_size % (world * config.micro_batch_size) == 0, "batch_size",
+         f"a multiple of {world} processes x micro_batch_size {config.micro_batch_size}")
+    need(not config.adamw_lr or config.optimizer == "muon", "adamw_lr", "optimizer = muon along with it")
     if not config.init_from:
-        GPTConfig(**{key: getattr(config, key) for key in ("block_size", "dropout", *SHAPE)})
+        config.gpt_config()
 
 
 # ---- Data: which tokens a step sees is a pure function of (seed, step)
@@ -197,8 +198,7 @@ DECK = 1000         # samples of a mixture in which every source has exactly its
 def cut(bins, T, name):
     """The blocks of T tokens in several bins as one list, each with the token after it: (T + 1,) uint16."""
     views = [sliding_window_view(tokens, T + 1)[::T] for tokens in bins if len(tokens) > T]
-    if not views:
-        raise DataError(f"{name}: {sum(map(len, bins)):,} tokens, expected more than block_size={T}")
+    expect(views, f"{name}: {sum(map(len, bins)):,} tokens, expected more than block_size={T}")
     return ConcatDataset(views)
 
 
@@ -217,10 +217,8 @@ def apportion(shares):
 
 
 class Loader:
-    """Batches of blocks, the same for any number of processes. No state is needed to resume.
-
-    Each source comes in a new random order each epoch. Shares of several are dealt from one shuffled deck.
-    """
+    """Batches of blocks, the same for any number of processes; it has no state. Each source comes in a new
+    random order each epoch; several are dealt by their shares from one shuffled deck."""
 
     def __init__(self, sources, shares, batch_size, seed):
         self.sources, self.counts, self.batch_size = sources, apportion(shares), batch_size
@@ -273,25 +271,21 @@ def learning_rate(step, config, max_steps):
 
 
 def make_optimizer(model, config):
-    """[AdamW], [Adafactor] (Shazeer & Stern 2018) or [Muon, AdamW] (Jordan et al. 2024), as a list.
-
-    Muon trains the matrices of the blocks, AdamW with rate adamw_lr the embeddings and vectors. Only matrices
-    decay. A group's rate is the schedule's times its lr_scale.
-    """
+    """[AdamW], [Adafactor] (Shazeer & Stern 2018) or [Muon, AdamW] (Jordan et al. 2024): Muon for the blocks'
+    matrices, AdamW at adamw_lr for the rest. A group's rate is the schedule's times lr_scale."""
     def make(optimizer, *groups, **options):
         if config.zero and dist.is_initialized():       # Rajbhandari et al. 2020, arXiv:1910.02054
             from torch.distributed.optim import ZeroRedundancyOptimizer     # here, for it is slow to import
             return ZeroRedundancyOptimizer(groups, optimizer, lr=config.learning_rate, **options)
         return optimizer(groups, lr=config.learning_rate, **options)
 
-    blocks, matrices, vectors = [], [], []
+    scale = (config.adamw_lr or config.learning_rate) / config.learning_rate
+    blocks = dict(params=[], weight_decay=config.weight_decay, lr_scale=1.0)
+    matrices = dict(params=[], weight_decay=config.weight_decay, lr_scale=scale)
+    vectors = dict(params=[], weight_decay=0.0, lr_scale=scale)
     for name, p in model.named_parameters():
         muon = config.optimizer == "muon" and name.startswith("h.")
-        (vectors if p.dim() < 2 else blocks if muon else matrices).append(p)
-    scale = (config.adamw_lr or config.learning_rate) / config.learning_rate
-    blocks = dict(params=blocks, weight_decay=config.weight_decay, lr_scale=1.0)
-    matrices = dict(params=matrices, weight_decay=config.weight_decay, lr_scale=scale)
-    vectors = dict(params=vectors, weight_decay=0.0, lr_scale=scale)
+        (vectors if p.dim() < 2 else blocks if muon else matrices)["params"].append(p)
     if config.optimizer == "adafactor":
         # a step's root mean square is the rate itself, as in fine-tuning recipes; torch would multiply it by
         # that of the weights, which is left only where theirs is above 1
@@ -304,8 +298,8 @@ def make_optimizer(model, config):
 
 
 def train_step(model, optimizers, rows, micro_batch_size, autocast, grad_clip, scaler, stop=()):
-    """One step over rows (share, T + 1), micro_batch_size of them at a time. Returns the mean loss of all
-    ranks, the gradient's norm before clipping, and whether `stop` holds anything on any rank.
+    """One step over rows (share, T + 1), micro_batch_size at a time. Returns the mean loss of all ranks, the
+    gradient's norm before clipping, and whether `stop` holds anything on any rank.
 
     Where loss or norm is not finite, no rank changes its weights. Waits for the device once, before the
     optimizer, which runs while the next batch is fetched.
@@ -340,23 +334,38 @@ def train_step(model, optimizers, rows, micro_batch_size, autocast, grad_clip, s
 @torch.no_grad()
 def evaluate(model, sources, batch_size, autocast):
     """Mean loss in nats per token on each of sources, (n, T + 1) uint16, whose rows the ranks share."""
-    device, totals = model.wte.weight.device, []
+    device, totals = model.wte.weight.device, [0.0] * len(sources)
     model.eval()        # no dropout, so no random number is drawn
-    for rows in sources:
-        mine = torch.from_numpy(rows[RANK::WORLD].astype(np.int64))                     # (n / WORLD, T + 1)
-        totals.append(0.0)
-        for batch in mine.to(device).split(batch_size) if len(mine) else ():
+    for k, rows in enumerate(sources):
+        mine = torch.from_numpy(rows[RANK::WORLD].astype(np.int64)).to(device)          # (n / WORLD, T + 1)
+        for i in range(0, len(mine), batch_size):
+            batch = mine[i:i + batch_size]
             with autocast:
                 losses = model(batch[:, :-1], batch[:, 1:], reduction="none")           # (B, T)
-            totals[-1] += losses.cpu().double().sum().item()
+            totals[k] += losses.cpu().double().sum().item()
     model.train()
-    totals = torch.tensor(totals, dtype=torch.float64, device=device)
     if dist.is_initialized():
+        totals = torch.tensor(totals, dtype=torch.float64, device=device)
         dist.all_reduce(totals)
-    return [total / rows[:, 1:].size for total, rows in zip(totals.tolist(), sources)]
+    return [float(total) / rows[:, 1:].size for total, rows in zip(totals, sources)]
 
 
 # ---- The machine
+def choose_device(config):
+    """Set device and dtype where they are "auto", and make this process ready for the device."""
+    here = [kind for kind in ("cuda", "mps", "cpu") if torch.get_device_module(kind).is_available()]
+    config.device = here[0] if config.device == "auto" else config.device
+    expect(config.device in here, f"device = {config.device}: torch sees only {', '.join(here)} here")
+    best = "float32"
+    if config.device == "cuda":
+        torch.cuda.set_device(LOCAL_RANK)
+        best = "bfloat16" if torch.cuda.get_device_capability() >= (8, 0) else "float16"
+    elif config.device == "cpu":
+        keep_memory()
+        best = "bfloat16" if torch.cpu.get_capabilities().get("avx512_bf16") else "float32"
+    config.dtype = best if config.dtype == "auto" else config.dtype
+
+
 def keep_memory():
     """Let glibc keep freed memory: a step on a CPU allocates the same activations again, and fetching them
     from the kernel can cost more than the arithmetic. The process keeps its peak (logs/speed/)."""
@@ -366,24 +375,12 @@ def keep_memory():
             libc.mallopt(key, value)
 
 
-@functools.cache
 def matmul_flops(device, dtype):
     """FLOP/s of this device in a large product of square matrices: what MFU is measured against."""
-    n, seconds = 8192 if device.type == "cuda" else 768, []
+    n, times = (8192, 60) if device.type == "cuda" else (512, 4)
     a = torch.randn(n, n, device=device).to(dtype)
-    while len(seconds) < 4 or len(seconds) < 60 and sum(seconds) < 0.5:     # bf16 can be very slow on a CPU
-        start = time.perf_counter()
-        (a @ a)[0, 0].item()                # .item() waits for the device
-        seconds.append(time.perf_counter() - start)
-    return 2 * n**3 / max(min(seconds), 1e-9)
-
-
-def faster_dtype(device):
-    """The dtype in which this device multiplies matrices fastest; float16 for CUDA without bf16 units."""
-    if device.type == "cuda":
-        return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
-    faster = matmul_flops(device, torch.bfloat16) > 1.2 * matmul_flops(device, torch.float32)
-    return "bfloat16" if faster else "float32"
+    seconds = timeit.repeat(lambda: (a @ a)[0, 0].item(), number=1, repeat=times)   # .item() waits
+    return 2 * n**3 / min(seconds)
 
 
 def memory(device):
@@ -391,15 +388,6 @@ def memory(device):
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-@contextmanager
-def writing(path):
-    """A full disk ends the run in one line that names the file, as in atomic_save."""
-    try:
-        yield
-    except OSError as e:
-        raise OSError(f"{path}: not written ({e}); the same command goes on") from None
 
 
 def environment(device):
@@ -417,18 +405,12 @@ def perplexity(loss):
     return math.exp(min(loss, 50))      # a loss gone wild must not end the run
 
 
-def units(targets, tokenizer):
-    """(bytes, words) of text per token of targets."""
-    n_words = max(1, count_words(targets.ravel(), tokenizer))
-    return token_bytes(tokenizer)[targets].mean(), n_words / targets.size
-
-
 class Log:
-    """NAME.jsonl, one JSON object a line, also printed. Only rank 0 writes. The state holds the records too,
-    and a run that goes on writes the file anew: damage to it does no harm."""
+    """NAME.jsonl, one JSON object a line, also printed; by rank 0. The state holds the records too, and a run
+    that goes on writes the file anew: damage to it does no harm."""
 
     def __init__(self, path, records, config):
-        self.path, self.records, self.wandb = path, records, None
+        self.records, self.wandb = records, None
         if config.wandb and RANK == 0:
             try:        # the id in the header finds the same run again
                 import wandb
@@ -438,17 +420,13 @@ class Log:
                 raise TrainError(f"wandb = {config.wandb}: {e}; pip install wandb, or leave it out") from None
             self.wandb.define_metric("*", step_metric="tokens")
             records[0]["wandb"] = self.wandb.id
-        self.append(*records, mode="w")
-
-    def append(self, *records, mode="a"):
-        if RANK == 0:
-            with writing(self.path), open(self.path, mode) as f:
-                f.writelines(json.dumps(record) + "\n" for record in records)
+        self.file = open(os.devnull if RANK else path, "w", buffering=1)        # each line at once
+        self.file.writelines(json.dumps(record) + "\n" for record in records)
 
     def write(self, **record):
         print0("   ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items()))
         self.records.append(record)
-        self.append(record)
+        self.file.write(json.dumps(record) + "\n")
         if self.wandb:
             self.wandb.log(record)
 
@@ -462,9 +440,7 @@ class Log:
             axes.plot(*np.array(points).reshape(-1, 2).T, style, label=label, lw=1, ms=3)
         axes.set(xlabel="tokens seen", ylabel="perplexity per token", yscale="log", title=path)
         axes.legend()
-        with writing(path):
-            figure.savefig(f"{path}.tmp", dpi=120, format="png")
-            os.replace(f"{path}.tmp", path)
+        figure.savefig(path, dpi=120)
 
 
 # ---- The plan
@@ -486,14 +462,10 @@ def memory_by_part(model, config, micro, gpus):
 
 
 def plan(config, name):
-    """Print what a run would take on config.plan GPUs; nothing is trained and no data is needed."""
-    try:
-        vocab_size = open_data(config.data, "val")[1]["vocab_size"]
-    except NoBin:
-        vocab_size = 50257
+    """Print what a run with GPT-2's vocabulary would take on config.plan GPUs; needs neither data nor GPU."""
     gpus, micro, tokens = config.plan, config.micro_batch_size, config.batch_size * config.block_size
     with torch.device("meta"):
-        model = GPT(GPTConfig(config.block_size, vocab_size, **{key: getattr(config, key) for key in SHAPE}))
+        model = GPT(config.gpt_config())
     steps = config.max_steps or math.ceil((config.max_tokens or tokens) / tokens)
     flops = steps * tokens * model.flops_per_token(config.block_size)
     print(f"{name} on {gpus} GPUs: {model.num_params() / 1e6:,.1f}M parameters, {steps:,} steps of "
@@ -528,18 +500,9 @@ class Progress:
 
 
 def load_state(out, config, given, data):
-    """(state, {key: [old, new]} of the keys that changed), or (None, {}) for a new run.
-
-    data: what identifies it. Raises TrainError where the state is another run's, and before a new run would
-    overwrite what was trained.
-    """
+    """(state, {key: [old, new]} of the keys that changed), or (None, {}) where there is none. data: what
+    identifies it. Raises TrainError where the state is another run's, or a model has lost its state."""
     path, again = f"{out}.state.pt", "--resume=false starts over"
-    own = [os.path.realpath(f"{out}{end}.pt") for end in ("", ".avg")]
-    expect(os.path.realpath(config.init_from) not in own,
-           f"init_from = {config.init_from}: this run would overwrite it; choose an out_dir")
-    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"        # by torchrun, after a crash
-    if not config.resume and not restarted:
-        return None, {}
     if not os.path.exists(path):
         expect(not os.path.exists(f"{out}.pt"), f"{out}.pt is here without its .state.pt; {again}")
         return None, {}
@@ -555,20 +518,19 @@ def load_state(out, config, given, data):
     return state, changed
 
 
-def make_model(config, given, meta, path, state):
-    """(model, lineage) of a state, of init_from, or new. Raises ModelError, TrainError."""
-    if state:
-        model = GPT(GPTConfig(**{**state["model_config"], "dropout": config.dropout}))
-        model.load_state_dict(state["model"])
-        return model, state["lineage"]
+def make_model(config, given, meta, path, out, state):
+    """(model, lineage); of a state without its weights yet. Raises ModelError, TrainError."""
     source = config.init_from
+    if state:
+        return GPT(GPTConfig(**state["model_config"])), state["lineage"]
     if not source:
-        shape = {key: getattr(config, key) for key in ("block_size", "dropout", *SHAPE)}
-        return GPT(GPTConfig(vocab_size=meta["vocab_size"], **shape)), []
+        return GPT(config.gpt_config(meta["vocab_size"])), []
+    own = [os.path.realpath(f"{out}{end}.pt") for end in ("", ".avg")]
+    expect(os.path.realpath(source) not in own,
+           f"init_from = {source}: this run would overwrite it; choose an out_dir")
     with open(path) as f:       # the configs of grown models say how they are made
-        commands = [line.strip("# \n") for line in f if "grow.py" in line and source in line]
-    expect(os.path.exists(source) or not source.endswith(".pt"),
-           "; first: ".join([f"init_from = {source}: no such file", *commands[:1]]))
+        how = next((s.strip("# \n") for s in f if "grow.py" in s and source in s), "make it first")
+    expect(os.path.exists(source) or not source.endswith(".pt"), f"init_from = {source}: no such file; {how}")
     model, parent = load(source)
     for key in SHAPE:
         have, asked = getattr(model.config, key), getattr(config, key)
@@ -577,82 +539,70 @@ def make_model(config, given, meta, path, state):
            f"{source}: {model.config.vocab_size} {parent['tokenizer']} tokens, but {config.data} holds "
            f"{meta['vocab_size']} {meta['tokenizer']} tokens")
     model.crop_block_size(config.block_size)
-    model.config.dropout = config.dropout
     known = {key: parent[key] for key in ("step", "tokens", "flops", "val_loss") if key in parent}
     return model, parent.get("lineage", []) + [{"from": source, **known}]
 
 
-def restore(state, optimizers, scaler):
-    """Moments from a state; rates, decay and betas stay those of the config."""
-    for optimizer, saved in zip(optimizers, state["optimizers"]):
-        groups = zip(optimizer.param_groups, saved["param_groups"])
-        saved["param_groups"] = [dict(group, params=old["params"]) for group, old in groups]
-        optimizer.load_state_dict(saved)
-    if state["scaler"]:
-        scaler.load_state_dict(state["scaler"])
-
-
 def sample(model, tokenizer, prompt, autocast):
-    """400 tokens after prompt (T,), or a warning: all is saved when this comes."""
+    """Print 400 tokens after prompt (T,). A failure is only a warning: all is saved when this comes."""
     try:
         model.config.vocab_size = tokenizer.n_vocab     # only what it can decode
         idx = torch.from_numpy(prompt.astype(np.int64))[None].to(model.wte.weight.device)       # (1, T)
         with autocast:
             tokens = model.eval().generate(idx, 400, temperature=0.8)[0].tolist()
-        return f"\na sample, 400 tokens after the first {len(prompt)}:\n\n{tokenizer.decode(tokens)}"
+        print(f"\na sample, 400 tokens after the first {len(prompt)}:\n\n{tokenizer.decode(tokens)}")
     except Exception as e:
-        return f"warning: no sample: {type(e).__name__}: {e}"
+        print(f"warning: no sample: {type(e).__name__}: {e}")
 
 
 def main(config, given, name, path):
     out, T, micro = os.path.join(config.out_dir, name), config.block_size, config.micro_batch_size
-    distributed, device = dist.is_initialized(), torch.device(config.device)
+    device, dtype = torch.device(config.device), getattr(torch, config.dtype)
 
     # ---- data
     loader, val_rows, meta, data = open_sources(config)
-    shares, n_blocks = loader.counts / DECK, [len(blocks) for blocks in loader.sources]
-    tokens_per_step, epochs_per_step = config.batch_size * T, config.batch_size / sum(n_blocks)
+    shares, epochs_per_step = loader.counts / DECK, config.batch_size / sum(map(len, loader.sources))
+    tokens_per_step = config.batch_size * T
     max_steps = math.ceil(min(config.max_steps or math.inf, (config.max_tokens or math.inf) / tokens_per_step,
                               (config.max_epochs or math.inf) / epochs_per_step))
+    if LOCAL_RANK == 0:         # DDP waits for all: by then a machine has the tokenizer, downloaded once
+        get_tokenizer(meta["tokenizer"])
 
     # ---- model and optimizer, new or where the run stopped
-    state, changed = load_state(out, config, given, data)
+    state, changed = load_state(out, config, given, data) if config.resume else (None, {})
     torch.manual_seed(config.seed)
-    waiting = dist.new_group(backend="gloo", timeout=timedelta(hours=2)) if distributed else None
-    if LOCAL_RANK:              # the others of a machine wait, so that only one process downloads
-        dist.barrier(waiting)
-    tokenizer = get_tokenizer(meta["tokenizer"])
-    model, lineage = make_model(config, given, meta, path, state)
-    if distributed and not LOCAL_RANK:
-        dist.barrier(waiting)
+    model, lineage = make_model(config, given, meta, path, out, state)
     model.to(device).train()
-    model.checkpointing = config.checkpoint
-    choice = [config.dtype if config.dtype != "auto" else state["dtype"] if state else faster_dtype(device)]
-    if distributed:             # ranks may have measured differently
-        dist.broadcast_object_list(choice)
-    dtype = getattr(torch, choice[0])
+    model.config.dropout, model.checkpointing = config.dropout, config.checkpoint
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     optimizers, run = make_optimizer(model, config), Progress()
     if state:
-        restore(state, optimizers, scaler)
         run = Progress(**state["progress"])
+        model.load_state_dict(state["model"])
+        for optimizer, saved in zip(optimizers, state["optimizers"]):
+            groups = zip(optimizer.param_groups, saved["param_groups"])     # its moments, the config's rates
+            saved["param_groups"] = [dict(group, params=old["params"]) for group, old in groups]
+            optimizer.load_state_dict(saved)
+        scaler.load_state_dict(state["scaler"] or scaler.state_dict())
     if "eval_tokens" in changed:
         run.best = math.inf     # losses on other tokens cannot be compared
     if config.compile or config.compile is None and device.type == "cuda":
         model.compile()
-    runner = DistributedDataParallel(model, gradient_as_bucket_view=True) if distributed else model
+    runner = DistributedDataParallel(model, gradient_as_bucket_view=True) if dist.is_initialized() else model
 
     # ---- the log and its units
-    bytes_per_token, words_per_token = shares @ [units(rows[:, 1:], tokenizer) for rows in val_rows.values()]
+    tokenizer, texts = get_tokenizer(meta["tokenizer"]), [rows[:, 1:] for rows in val_rows.values()]
+    bytes_per_token = shares @ [token_bytes(tokenizer)[text].mean() for text in texts]
+    words_per_token = shares @ [max(1, count_words(text.ravel(), tokenizer)) / text.size for text in texts]
     flops_per_step = model.flops_per_token(T) * tokens_per_step
     peak = WORLD * matmul_flops(device, dtype)
-    header = dict(config=asdict(config), parameters=model.num_params(), dtype=choice[0],
+    header = dict(config=asdict(config), parameters=model.num_params(), dtype=config.dtype,
                   data=meta["fingerprint"], lineage=lineage, **environment(device))
     log = Log(f"{out}.jsonl", json.loads(state["log"]) if state else [header], config)
     print0(f"{name}: {model.num_params() / 1e6:.1f}M parameters, {max_steps} steps of {tokens_per_step:,} "
            f"{meta['tokenizer']} tokens, {max_steps * epochs_per_step:.2f} epochs of {config.data}, "
-           f"on {WORLD} x {device.type} in {choice[0]}", *(f"\nfrom {each['from']}" for each in lineage))
+           f"on {WORLD} x {device.type} in {config.dtype}", *(f"\nfrom {each['from']}" for each in lineage))
     if state:
         print0(f"going on from {out}.state.pt at step {run.step}; --resume=false starts over")
     if changed:
@@ -668,20 +618,19 @@ def main(config, given, name, path):
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.append(True))
     mean_at = {round(max_steps * (1 - 0.2 * i / config.average)) for i in range(config.average)}
-    since, since_step, saved_step = time.perf_counter(), run.step, run.step if state else -1
+    seconds = []                    # of each step since the last record
     while True:
         # ---- save, before the evaluation: then no step is done twice
         ending = run.step >= max_steps
         evaluating = ending or run.step % config.eval_interval == 0
-        if run.step != saved_step and (stopping or evaluating or run.step % config.save_interval == 0):
-            for optimizer in optimizers if config.zero and distributed else ():
+        if stopping or evaluating or run.step % config.save_interval == 0:
+            for optimizer in optimizers if config.zero and dist.is_initialized() else ():
                 optimizer.consolidate_state_dict(to=0)
             if RANK == 0:
                 atomic_save(dict(model=model.state_dict(), model_config=asdict(model.config),
                                  optimizers=[optimizer.state_dict() for optimizer in optimizers],
                                  scaler=scaler.state_dict(), progress=vars(run), config=asdict(config),
-                                 dtype=choice[0], data=data, lineage=lineage,
-                                 log=json.dumps(log.records)), f"{out}.state.pt")
+                                 data=data, lineage=lineage, log=json.dumps(log.records)), f"{out}.state.pt")
         if stopping:
             return print0(f"stopped at step {run.step}; the same command goes on from {out}.state.pt")
 
@@ -692,20 +641,18 @@ def main(config, given, name, path):
             if val_loss < run.best:
                 run.best, run.best_step = val_loss, run.step
                 save_model(f"{out}.pt", val_loss)
-            bits, word_perplexity = val_loss / math.log(2), perplexity(val_loss / words_per_token)
-            record = dict(val_loss=val_loss, bits_per_byte=bits / bytes_per_token,
-                          word_perplexity=word_perplexity)
-            if len(losses) > 1:     # a mixture: the loss on each source, and how often it has been seen
-                record["val_losses"] = dict(zip(val_rows, losses))
-                record["epochs"] = dict(zip(val_rows, run.step * config.batch_size * shares / n_blocks))
-            log.write(step=run.step, tokens=run.step * tokens_per_step, **record)
+            scores = dict(val_loss=val_loss, bits_per_byte=val_loss / math.log(2) / bytes_per_token,
+                          word_perplexity=perplexity(val_loss / words_per_token))
+            if len(losses) > 1:     # a mixture
+                scores["val_losses"] = dict(zip(val_rows, losses))
+            log.write(step=run.step, tokens=run.step * tokens_per_step, **scores)
             if RANK == 0 and run.step:
                 log.plot(f"{out}.png")
-            since, since_step = time.perf_counter(), run.step
         if ending:
             break
 
         # ---- step
+        began = time.perf_counter()
         lr = learning_rate(run.step, config, max_steps)
         for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
             group["lr"] = lr * group["lr_scale"]
@@ -717,13 +664,13 @@ def main(config, given, name, path):
                                           stop)
         run.step += 1
         run.skips = 0 if math.isfinite(loss) and math.isfinite(norm) else run.skips + 1
+        seconds.append(time.perf_counter() - began)
         record = dict(step=run.step, tokens=run.step * tokens_per_step)
         if run.skips:
             log.write(**record, skipped=f"loss {loss}, norm {norm}")
         elif run.step % config.log_interval == 0 or run.step == max_steps:
-            now = time.perf_counter()
-            speed = (run.step - since_step) / max(now - since, 1e-9)        # steps per second
-            since, since_step = now, run.step
+            speed = len(seconds) / max(sum(seconds), 1e-9)      # steps per second
+            seconds.clear()
             log.write(**record, loss=loss, norm=norm, lr=lr, tokens_per_second=round(speed * tokens_per_step),
                       mfu=round(speed * flops_per_step / peak, 4), bytes_held=memory(device),
                       left=str(timedelta(seconds=int((max_steps - run.step) / speed))))
@@ -738,14 +685,15 @@ def main(config, given, name, path):
         save_model(f"{out}.avg.pt", mean_loss)
         print0(f"mean of the weights at steps {run.mean_of}: val loss {mean_loss:.4f}, {out}.avg.pt")
     train_loss = next((r["loss"] for r in reversed(log.records) if "loss" in r), math.nan)
-    epoch, last = run.best_step * epochs_per_step, run.step * epochs_per_step
+    best, last = run.best_step * epochs_per_step, run.step * epochs_per_step
     print0("\n| context | model | train loss | val loss | val ppl | adj val ppl | best epoch | run |\n"
            f"|{'---|' * 8}\n| {T} | {config.init_from or name} | {train_loss:.4f} | {val_loss:.4f} | "
-           f"{perplexity(val_loss):.2f} | {word_perplexity:.2f} | {epoch:.2f} of {last:.2f} | {out} |")
+           f"{perplexity(val_loss):.2f} | {scores['word_perplexity']:.2f} | "
+           f"{best:.2f} of {last:.2f} | {out} |")
     if log.wandb:
         log.wandb.finish()
     if RANK == 0:
-        print0(sample(model, tokenizer, next(iter(val_rows.values()))[0, :32], autocast))
+        sample(model, tokenizer, next(iter(val_rows.values()))[0, :32], autocast)
 
 
 def start(argv):
@@ -753,17 +701,12 @@ def start(argv):
     config, given, name = configure(argv, WORLD)
     if config.plan:
         return plan(config, name)
-    here = [kind for kind in ("cuda", "mps", "cpu") if torch.get_device_module(kind).is_available()]
-    config.device = here[0] if config.device == "auto" else config.device
-    expect(config.device in here, f"device = {config.device}: torch sees only {', '.join(here)} here")
-    if config.device == "cpu":
-        keep_memory()
-    if config.device == "cuda":
-        torch.cuda.set_device(LOCAL_RANK)
+    choose_device(config)
     torchrun = "RANK" in os.environ
+    config.resume |= os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"       # torchrun, after a crash
     with lock(os.path.join(config.out_dir, f"{name}.lock")) if RANK == 0 else nullcontext():
         if torchrun:
-            dist.init_process_group("nccl" if config.device == "cuda" else "gloo", timeout=PATIENCE)
+            dist.init_process_group("nccl" if config.device == "cuda" else "gloo")
         main(config, given, name, argv[0])
         if torchrun:
             dist.barrier()      # a rank that leaves early takes its connections away from the others

@@ -22,7 +22,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from model import GPT, GPTConfig                                                    # noqa: E402
 from prepare import open_bin                                                        # noqa: E402
-from train import Config, Loader, cut, faster_dtype, keep_memory, make_optimizer, train_step      # noqa: E402
+from train import Config, Loader, choose_device, cut, make_optimizer, train_step                 # noqa: E402
 
 SHAPES = {      # name: n_layer, n_head, n_embd, block_size, batch_size, vocab_size
     "small": (6, 6, 384, 256, 16, 320),
@@ -80,9 +80,7 @@ def main():
     tokens, _ = open_bin(f"{args.data}/train.bin")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     compiled = args.compile or device == "cuda"
-    dtype = faster_dtype(torch.device(device))
-    print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads; ours in {dtype}"
-          f"{', both compiled' * compiled}\n")
+    print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads{', both compiled' * compiled}")
 
     rows_of = {}
     for name, shape in SHAPES.items():
@@ -90,20 +88,22 @@ def main():
         loader = Loader([cut([tokens], block_size, args.data)], [1], batch_size, 1)
         rows_of[name] = [loader.batch(s).to(device) for s in range(args.steps)]
 
-    alone = {}      # before keep_memory, which lasts for the process
+    alone = {}      # before choose_device: its memory setting on a CPU lasts for the process
     for name, shape in SHAPES.items():
         torch.manual_seed(0)
         model = GPT(GPTConfig(shape[3], shape[5], *shape[:3])).to(device)
         step = nanogpt_step(nano, model, shape, device, compiled)
         alone[name] = statistics.median(timed(step, rows)[0] for rows in rows_of[name][2:])
-    keep_memory()
+    config = Config()
+    choose_device(config)
+    print(f"ours in {config.dtype}\n")
 
     table, profiles = [], []
     for name, shape in SHAPES.items():
         torch.manual_seed(0)
         model = GPT(GPTConfig(shape[3], shape[5], *shape[:3])).to(device)
         theirs = nanogpt_step(nano, model, shape, device, compiled)
-        ours = our_step(model, dtype, device, compiled)
+        ours = our_step(model, config.dtype, device, compiled)
         seconds, losses = {theirs: [], ours: []}, {}
         for rows in rows_of[name]:
             for step in (theirs, ours):

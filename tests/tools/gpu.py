@@ -19,14 +19,13 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 from model import GPT, GPTConfig                    # noqa: E402
-from train import SHAPE, configure, make_optimizer, matmul_flops, memory_by_part, train_step      # noqa: E402
+from train import configure, make_optimizer, matmul_flops, memory_by_part, train_step      # noqa: E402
 
 
 def run_1_1b(steps=8):
     """Tokens/s, MFU and peak memory (beside the plan's) of configs/1.1B.py on random tokens, a micro batch a step."""
     config = configure([str(ROOT / "configs/1.1B.py")])[0]
-    model = GPT(GPTConfig(block_size=config.block_size, dropout=config.dropout,
-                          **{key: getattr(config, key) for key in SHAPE})).to("cuda").train()
+    model = GPT(config.gpt_config()).to("cuda").train()
     optimizers = make_optimizer(model, config)
     model.compile()
     autocast, scaler = torch.autocast("cuda", torch.bfloat16), torch.amp.GradScaler("cuda", enabled=False)
