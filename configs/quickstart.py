@@ -3,20 +3,21 @@
 data = "data/python"
 block_size = 256
 batch_size = 16
-max_steps = 360
-eval_interval = 60
+max_steps = 380
+eval_interval = 95
 eval_tokens = 2**16
-save_interval = 60
+save_interval = 95
 log_interval = 20
 
 n_layer = 4
-n_head = 4
-n_embd = 256
+n_head = 3
+n_embd = 192
 bias = False
 pos = "alibi"
 
 optimizer = "muon"
 learning_rate = 6e-3
-min_lr = 6e-4
+schedule = "linear"
+min_lr = 0
 warmup_steps = 50
 beta2 = 0.99

@@ -1,4 +1,4 @@
-"""Muon beside AdamW at the quickstart's shape.
+"""Muon beside AdamW on the quickstart's data, with the width it had then, 256.
 
     python prepare.py python --out data/python --tokenizer bytes
     python logs/muon/run.py
@@ -24,8 +24,9 @@ SEED, MORE_SEEDS = 1337, (1, 2)             # the rates are chosen by the first,
 def train(optimizer, rate, seed):
     out = Path(f"{OUT}/{optimizer}-{rate:g}-{seed}")
     record = study.train("configs/quickstart.py", out, f"--optimizer={optimizer}", f"--learning_rate={rate}",
-                         f"--min_lr={rate / 10:g}", f"--max_steps={STEPS}", f"--seed={seed}", "--dtype=float32",
-                         "--eval_interval=30", "--save_interval=30")
+                         "--n_embd=256", "--n_head=4", "--schedule=cosine", f"--min_lr={rate / 10:g}",
+                         f"--max_steps={STEPS}", f"--seed={seed}", "--dtype=float32", "--eval_interval=30",
+                         "--save_interval=30")
     log = study.read(out / "quickstart.jsonl")
     curve = [(r["step"], r["val_loss"], r["bits_per_byte"]) for r in log if "val_loss" in r]
     return dict(optimizer=optimizer, rate=rate, seed=seed, steps=STEPS, curve=curve, **record)
