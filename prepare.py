@@ -7,14 +7,13 @@
     python prepare.py --verify data/corpus              check finished bins, byte by byte
 
 A source is a corpus of --list, or anything that fsspec opens: a file, a folder, a pattern of files,
-hf://datasets/..., s3://..., https://... A .jsonl or .ndjson holds a document a line, in the field "text" (or
---field); so does a .json, which is passed over in a folder. A .parquet holds one a row. Any other file (.txt,
-.md, .py, ...) is one document, or several with --separator. .gz, .xz, .bz2 and .zst are read as they are.
+hf://datasets/..., s3://..., https://... A .jsonl, .ndjson or .json holds a document a line (in a folder, .json
+is passed over), a .parquet one a row. Any other file (.txt, .md, .py, ...) is one document, or several with
+--separator. .gz, .xz, .bz2 and .zst are read as they are.
 
 Writes OUT/train.bin and OUT/val.bin in nanoGPT's format (headerless little-endian uint16, <|endoftext|> after
-each document), and OUT/meta.json: tokenizer, counts, sha256, what was left out. Exact and near duplicates are
-left out. A run that was stopped goes on with the same command. Neither a kill nor the number of workers
-changes a byte of the bins.
+each document), and OUT/meta.json: tokenizer, counts, sha256, what was left out. A run that was stopped goes on
+with the same command. Neither a kill nor the number of workers changes a byte of the bins.
 """
 import argparse
 import fcntl
@@ -253,7 +252,7 @@ def sha256_of(path):
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def records(file, field="text", separator="", bar=None):
+def records(file, field="text", separator="", bar=tqdm(disable=True)):
     """The Records of a File. bar moves by the bytes read. Raises DataError."""
     path = file.path.lower()
     compression = fsspec.utils.infer_compression(path)
@@ -271,21 +270,16 @@ def records(file, field="text", separator="", bar=None):
             items = enumerate(parquet_rows(f, field))
         else:
             items = pieces(f, separator.encode())
-        read = 0
+        begin = bar.n
         for item in items:
             yield Record(file.source, file.path, file.kind, *item)
-            if bar is not None:
-                bar.update(raw.tell() - read)
-                read = raw.tell()
+            bar.update(begin + raw.tell() - bar.n)
 
 
 def parquet_rows(f, field):
     import pyarrow.parquet
     parquet = pyarrow.parquet.ParquetFile(f)
-    names = parquet.schema_arrow.names
-    if field not in names:
-        raise ValueError(f'no column "{field}"; --field names one of {", ".join(names)}')
-    kind = str(parquet.schema_arrow.field(field).type)
+    kind = str(parquet.schema_arrow.field(field).type)          # KeyError names a column that is not there
     if not re.match("(dictionary<values=)?(large_)?(string|binary)", kind):
         raise ValueError(f'column "{field}" holds {kind}, expected text')
     for batch in parquet.iter_batches(1024, columns=[field]):
@@ -497,7 +491,8 @@ def test_grams(names, folder=None):
     (name, its number from 0). Raises DataError."""
     def numbered():
         for name in names:
-            items = test_items(name, folder) if name in TEST_SETS else ({"text": text} for text in texts(name))
+            known = name in TEST_SETS
+            items = test_items(name, folder) if known else ({"text": text} for text in texts(name))
             for number, item in enumerate(items):
                 yield from (((name, number), text) for text in item_texts(name, item))
     return Grams(numbered())
@@ -522,11 +517,12 @@ def cut_items(text, grams):
 # those of each row in turn; and keys, one for each row. A row is a document, or a piece of a long one.
 
 BINS, BANDS = 128, 16       # of a MinHash signature; a band is BINS / BANDS of them
-# cut: characters cut from the record that begins here; literal: whether <|endoftext|> stands in it as text; bad:
-# whether --skip_bad left it out. begin: where the row's tokens begin in those of its part.
-RECORD_KEY = [("source", "u4"), ("position", "f8"), ("first", "?"), ("cut", "i8"), ("literal", "?"), ("bad", "?")]
-KEY = np.dtype([*RECORD_KEY, ("part", "u4"), ("begin", "i8"), ("tokens", "i8"), ("bytes", "i8"),
-                ("exact", "V16"), ("bands", "u8", BANDS)])
+# cut: characters cut from the record that begins here. literal: whether it holds a literal <|endoftext|>.
+# bad: whether --skip_bad left it out. begin: where the row's tokens begin in those of its part, later of all.
+RECORD_KEY = [("source", "u4"), ("position", "f8"), ("first", "?"), ("cut", "i8"), ("literal", "?"),
+              ("bad", "?")]
+KEY = np.dtype([*RECORD_KEY, ("begin", "i8"), ("tokens", "i8"), ("bytes", "i8"), ("exact", "V16"),
+                ("bands", "u8", BANDS)])
 
 
 def compared(text):
@@ -566,8 +562,8 @@ def bands(texts):
     return hashes
 
 
-def make_part(path, number, group, options):
-    """Write part `number`, that of a group of records, to path, unless it is there. Returns path.
+def make_part(path, group, options):
+    """Write the part of a group of records to path, unless it is there. Returns path.
 
     Each step is done for all rows before the next step begins. That is faster than row by row: code and
     tables stay in the processor's cache.
@@ -595,12 +591,10 @@ def make_part(path, number, group, options):
             head = (record.source, place, True, 0, False, False)
     # a literal <|endoftext|> in a text stays plain text
     ids = [tokenizer.encode_to_numpy(row, allowed_special=set(), disallowed_special=()) for row in rows]
-    eot = np.array([tokenizer.eot_token], np.uint32)
-    tokens = np.concatenate([eot[:0], *(part for row in ids for part in (eot, row))]).astype("<u2")
+    tokens = np.concatenate([np.append(np.uint32(tokenizer.eot_token), row) for row in ids]).astype("<u2")
     keys = np.zeros(len(rows), KEY)
     keys[[name for name, _ in RECORD_KEY]] = heads
-    keys["part"], keys["bytes"] = number, [len(row.encode()) for row in rows]
-    keys["tokens"] = [len(row) for row in ids]
+    keys["bytes"], keys["tokens"] = [len(row.encode()) for row in rows], [len(row) for row in ids]
     keys["begin"] = np.cumsum(keys["tokens"] + 1) - keys["tokens"]
     if not options["keep_duplicates"]:
         texts = [compared(row) for row in rows]
@@ -647,16 +641,22 @@ def groups(files, options, bar):
 
 
 def make_parts(files, work, options, workers, bar):
-    """Make the parts that are not in the folder work yet. Returns the paths of all, in order, and the keys of
-    all rows, (n,) of KEY, mapped from a file."""
-    tasks = ((work / f"{number:08}.npz", number, group, options)
+    """Make the parts that are not in the folder work yet. Returns the tokens and the keys, (n,) of KEY, of all
+    rows, each mapped from a file. Raises DataError where there is no text."""
+    tasks = ((work / f"{number:08}.npz", group, options)
              for number, group in enumerate(groups(files, options, bar)))
-    parts = list(in_order(make_part, tasks, workers))
+    parts, n_tokens = list(in_order(make_part, tasks, workers)), 0
     work.mkdir(parents=True, exist_ok=True)
-    with open(work / "keys", "wb") as f:
+    with open(work / "tokens", "wb") as all_tokens, open(work / "keys", "wb") as all_keys:
         for part in parts:
-            np.load(part)["keys"].tofile(f)
-    return parts, np.memmap(work / "keys", KEY, "r") if parts else np.empty(0, KEY)
+            tokens, keys = np.load(part).values()
+            keys["begin"] += all_tokens.tell() // 2
+            n_tokens += keys["tokens"].sum()
+            tokens.tofile(all_tokens)
+            keys.tofile(all_keys)
+    if not n_tokens:
+        raise DataError("no text in any of the sources")
+    return np.memmap(work / "tokens", "<u2", "r"), np.memmap(work / "keys", KEY, "r")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -665,30 +665,25 @@ def make_parts(files, work, options, workers, bar):
 SIMILAR = 0.8       # Jaccard similarity of 5-grams from which a document repeats another
 
 
-@functools.lru_cache(4)
-def tokens_of(part):
-    return np.load(part)["tokens"]
-
-
 @functools.lru_cache(2**10)
-def row_shingles(part, begin, n, tokenizer):
+def row_shingles(path, begin, n, tokenizer):
     """The different 5-grams of a row, hashed and sorted."""
-    text = get_tokenizer(tokenizer).decode(tokens_of(part)[begin:begin + n].tolist())
-    return np.unique(shingles(compared(text)))
+    tokens = np.fromfile(path, "<u2", n, offset=2 * begin)
+    return np.unique(shingles(compared(get_tokenizer(tokenizer).decode(tokens.tolist()))))
 
 
-def are_similar(parts, pairs, tokenizer):
+def are_similar(path, pairs, tokenizer):
     """Whether pairs of rows have a Jaccard similarity of SIMILAR or more. pairs: (n, 2) of KEY."""
     answers = []
     for pair in pairs:
-        a, b = (row_shingles(parts[row["part"]], row["begin"], row["tokens"], tokenizer) for row in pair)
+        a, b = (row_shingles(path, row["begin"], row["tokens"], tokenizer) for row in pair)
         both = len(np.intersect1d(a, b, assume_unique=True))
         answers.append(both >= SIMILAR * (len(a) + len(b) - both))
     return answers
 
 
-def find_duplicates(keys, parts, tokenizer, workers):
-    """Which rows repeat an earlier one that stays, exactly or nearly: (n,) bool.
+def find_duplicates(path, keys, tokenizer, workers):
+    """Which rows repeat an earlier one that stays, exactly or nearly: (n,) bool. path: the file of tokens.
 
     A corpus with its own split is left as it is. A row is compared, by all its 5-grams, with the first row of
     each of its bands: time is linear, and no row goes by accident.
@@ -706,7 +701,7 @@ def find_duplicates(keys, parts, tokenizer, workers):
         pairs.append(np.stack([rows, leaders], axis=1)[rows != leaders])
     pairs = np.unique(np.concatenate(pairs), axis=0)                # (pairs, 2)
 
-    tasks = [(parts, keys[pairs[at:at + 500]], tokenizer) for at in range(0, len(pairs), 500)]
+    tasks = [(path, keys[pairs[at:at + 500]], tokenizer) for at in range(0, len(pairs), 500)]
     answers = in_order(are_similar, tasks, min(workers, len(tasks) or 1))
     answers = tqdm(answers, desc="comparing", total=len(tasks), delay=3, leave=False)
     similar = np.concatenate([np.zeros(0, bool), *answers])
@@ -727,20 +722,17 @@ def decide(keys, repeats, val_fraction):
 # Write: the bins, part after part
 
 
-def write_bin(path, parts, keys, chosen, eot):
+def write_bin(path, tokens, keys, chosen):
     """Write the chosen rows, a mask (n,), to a bin."""
     rows = np.flatnonzero(chosen)
-    # between two documents stays the <|endoftext|> that every row begins with
-    separate = np.zeros(len(keys), bool)
-    separate[rows[1:]] = np.diff(np.cumsum(keys["first"])[rows]) > 0
-    begins = np.searchsorted(keys["part"], range(len(parts) + 1))
+    begins = keys["begin"][rows]
+    ends = begins + keys["tokens"][rows]
+    # the <|endoftext|> before a row separates it from another document; that of the first goes to the end
+    begins[1:] -= np.diff(np.cumsum(keys["first"])[rows]) > 0
     with open(path, "wb") as f:
-        for number, part in enumerate(tqdm(parts, desc=path.name, unit="part", delay=3, leave=False)):
-            own = slice(*begins[number:number + 2])         # the rows of this part
-            mask = np.repeat(chosen[own], keys["tokens"][own] + 1)
-            mask[keys["begin"][own] - 1] &= separate[own]
-            tokens_of(part)[mask].tofile(f)
-        np.full(min(1, len(rows)), eot, "<u2").tofile(f)
+        for begin, end in tqdm(zip(begins, ends), desc=path.name, total=len(rows), delay=3, leave=False):
+            f.write(tokens[begin:end])
+        f.write(tokens[:min(1, len(rows))])
 
 
 def count_sources(keys, stays, n_sources):
@@ -809,9 +801,9 @@ def prepare(sources, out, tokenizer="gpt2", val_fraction=0.05, *, field="text", 
             keep_duplicates=False, decontaminate=(), eval_data=None, workers=1):
     """Turn sources into out/train.bin, out/val.bin and out/meta.json. Returns meta as a dict.
 
-    Parts are made in out/prepare.work, in a folder named by a hash of all that shapes them, so the same
-    call goes on where it was killed and never mixes in other work. The bins get their names when both are
-    whole, meta.json last. Raises DataError; an earlier run's bins in out are then as they were.
+    Parts are made in out/prepare.work, in a folder named by a hash of all that shapes them, so the same call
+    goes on where it was killed and never mixes in other work. The bins get their names when both are whole,
+    meta.json last. Raises DataError; an earlier run's bins in out are then as they were.
     """
     out, encoding = Path(out), get_tokenizer(tokenizer)
     for path in [*bins_of(out, "train"), *bins_of(out, "val")]:
@@ -835,19 +827,16 @@ def prepare(sources, out, tokenizer="gpt2", val_fraction=0.05, *, field="text", 
     with lock(out / "prepare.lock"), tqdm(total=size, unit="B", unit_scale=True, desc=str(out)) as bar:
         for stale in set(work.parent.glob("*")) - {work}:
             shutil.rmtree(stale)
-        parts, keys = make_parts(files, work, options, workers, bar)
+        tokens, keys = make_parts(files, work, options, workers, bar)
         if keys["bad"].any() and not skip_bad:
-            raise DataError(f"{work}: made with --skip_bad, which left something out; give it again or remove this")
-        if not keys["tokens"].any():
-            shutil.rmtree(work.parent)
-            raise DataError(f"{', '.join(sources)}: no text in it")
+            raise DataError(f"{work}: made with --skip_bad, which left text out; give it again, or remove it")
         repeats = np.zeros(len(keys), bool)
         if not keep_duplicates:
-            repeats = find_duplicates(keys, parts, tokenizer, workers)
+            repeats = find_duplicates(work / "tokens", keys, tokenizer, workers)
         train, val = decide(keys, repeats, val_fraction)
         bins = {side: work / f"{side}.bin" for side in ("train", "val")}
-        write_bin(bins["train"], parts, keys, train, encoding.eot_token)
-        write_bin(bins["val"], parts, keys, val, encoding.eot_token)
+        write_bin(bins["train"], tokens, keys, train)
+        write_bin(bins["val"], tokens, keys, val)
         if not val.any():                           # a single document, or equal ones
             halve(bins["train"], bins["val"], val_fraction, encoding)
         splits = {side: count_bin(path, encoding) for side, path in bins.items()}
@@ -897,9 +886,9 @@ def read_meta(folder):
 def open_bin(path, vocab_size=None, meta=None):
     """(tokens, meta) of a bin: tokens a read-only memory map (n,) of uint16; meta the meta.json beside it.
 
-    Checks the size, and a sample of the tokens against vocab_size (default: meta's); --verify checks every
-    byte. meta["splits"][path.stem]["sha256"] identifies the bin: the one of meta.json, or else one of size
-    and sample. Raises DataError.
+    Checks the size, and a sample of the tokens against vocab_size (default: meta's); --verify checks all.
+    meta["splits"][path.stem]["sha256"] identifies the bin: meta.json's, or one of size and sample. Raises
+    DataError.
     """
     path = Path(path)
     if not path.is_file():

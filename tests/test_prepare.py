@@ -288,7 +288,7 @@ def test_parquet_columns_that_are_no_text_are_refused_by_their_type(tmp_path, co
     parquet.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
     with pytest.raises(DataError, match=rf"a\.parquet.*{named}"):
         prepared([tmp_path / "a.parquet"], tmp_path / "out")
-    with pytest.raises(DataError, match='"body"'):
+    with pytest.raises(DataError, match="body"):
         prepared([tmp_path / "a.parquet"], tmp_path / "out", field="body")
     parquet.write_table(pa.table({"text": ["one", None, "two"]}), tmp_path / "b.parquet")
     with pytest.raises(DataError, match="row 1"):
@@ -628,7 +628,7 @@ def test_bad_sources(case, tmp_path, existing, refused):
     for name, data in files.items():
         (tmp_path / "new" / name).write_bytes(data)
     assert message in refused("prepare.py", "new", "--out", "out", "--tokenizer", "bytes", cwd=tmp_path)
-    assert {f.name: f.read_bytes() for f in (tmp_path / "out").iterdir()} == existing
+    assert {f.name: f.read_bytes() for f in (tmp_path / "out").iterdir() if f.is_file()} == existing
 
 
 @pytest.mark.parametrize("words, named", [
