@@ -3,17 +3,16 @@
     python prepare.py python --out data/python --tokenizer bytes
     python prepare.py notes.txt dump.jsonl.gz folder/ 'more/*.parquet' --out data/mine
     python prepare.py openwebtext pg19 --decontaminate=lambada,hellaswag --out data/corpus
-    python prepare.py --list                            the corpora that have a name
     python prepare.py --verify data/corpus              check finished bins, byte by byte
 
-A source is a corpus of --list, or anything that fsspec opens: a file, a folder, a pattern of files,
-hf://datasets/..., s3://..., https://... A .jsonl, .ndjson or .json holds a document a line (in a folder, .json
-is passed over), a .parquet one a row. Any other file (.txt, .md, .py, ...) is one document, or several with
---separator. .gz, .xz, .bz2 and .zst are read as they are.
+A source is a corpus with a name (below), or anything that fsspec opens: a file, a folder, a pattern of files,
+hf://datasets/..., s3://..., https://... A .jsonl, .ndjson or .json holds a document a line (a .json in a
+folder is passed over), a .parquet one a row. Any other file (.txt, .md, .py, ...) is one document, or several
+with --separator. .gz, .xz, .bz2 and .zst are read as they are.
 
 Writes OUT/train.bin and OUT/val.bin in nanoGPT's format (headerless little-endian uint16, <|endoftext|> after
-each document), and OUT/meta.json: tokenizer, counts, sha256, what was left out. A run that was stopped goes on
-with the same command. Neither a kill nor the number of workers changes a byte of the bins.
+each document), and OUT/meta.json: tokenizer, counts, sha256, what was left out. A run that was stopped goes
+on with the same command. Neither a kill nor the number of workers changes a byte of the bins.
 """
 import argparse
 import fcntl
@@ -141,12 +140,13 @@ CORPORA = {     # name: a pattern; or [(address, git's hash, cut)] of files to d
     "pg19": "hf://datasets/emozilla/pg19/data/train-*.parquet",
     "pile": "hf://datasets/monology/pile-uncopyrighted/train/*.jsonl.zst",
 }
-NOT_PYTHON = {"test", "tests", "idle_test", "__pycache__", "site-packages", "dist-packages"}
-TEXT = (".txt .text .md .markdown .rst .tex .org .html .htm .xml .css .py .pyi .c .h .cc .cpp .hpp .cu .java "
-        ".js .jsx .ts .tsx .go .rs .rb .php .pl .sh .sql .r .jl .lua .scala .kt .swift .cs .hs .ml .el .lisp")
+NOT_PYTHON = re.compile("/(test|tests|idle_test|__pycache__|site-packages|dist-packages)/")
 KINDS = {".jsonl": "line", ".ndjson": "line", ".json": "line", ".parquet": "row"}       # of others: "text"
-# what is read in a folder, where .json is hardly ever lines
-IN_FOLDERS = {*TEXT.split(), ".jsonl", ".ndjson", ".parquet"}
+# what is read in a folder; not .json, which is hardly ever lines there
+IN_FOLDERS = set("""
+    .jsonl .ndjson .parquet .txt .text .md .markdown .rst .tex .org .html .htm .xml .css .py .pyi .c .h .cc
+    .cpp .hpp .cu .java .js .jsx .ts .tsx .go .rs .rb .php .pl .sh .sql .r .jl .lua .scala .kt .swift .cs .hs
+    .ml .el .lisp""".split())
 
 
 @contextmanager
@@ -160,6 +160,15 @@ def one_line_errors(name):
         missing = isinstance(e, ImportError) and e.name
         reason = f"pip install {missing} to read it" if missing else f"{type(e).__name__}: {e}"
         raise DataError(f"{name}: {reason}".partition("\n")[0]) from None
+
+
+def parse(text, fields):
+    """A JSON object with these fields: {name: type}. Raises ValueError, KeyError or TypeError."""
+    item = json.loads(text)
+    for field, kind in fields.items():
+        if not isinstance(item[field], kind):
+            raise TypeError(f"{field} is {item[field]!r}, expected {kind.__name__}")
+    return item
 
 
 ENDING = re.compile(r"(\.\w+)?(\.gz|\.xz|\.bz2|\.zst)?$")        # ".jsonl" of "a.jsonl.gz"
@@ -187,7 +196,7 @@ def find_files(source):
         else:
             files.append(File(fs, path, KINDS.get(ending, "text")))
     if not files:
-        raise DataError(f"{source}: no file that can be read there, and no corpus of --list")
+        raise DataError(f"{source}: no file that can be read there, and none of {', '.join(CORPORA)}")
     return files, passed_over
 
 
@@ -201,16 +210,14 @@ def walk(fs, folder, seen):
 
 
 def corpus_files(name):
-    """The Files of a corpus of --list."""
-    if isinstance(CORPORA[name], list):
-        files = []
-        for address, blob, cut in CORPORA[name]:
-            path = download(DOWNLOADS / name / os.path.basename(address), address, blob)
-            files.append(File(LocalFileSystem(), str(path), "text", cut))
-        return files
-    files, _ = find_files(CORPORA[name])
-    if name == "python":
-        return [file for file in files if not NOT_PYTHON & set(os.path.relpath(file.path, STDLIB).split("/"))]
+    """The Files of a corpus that has a name."""
+    if isinstance(CORPORA[name], str):
+        files, _ = find_files(CORPORA[name])
+        return [file for file in files if name != "python" or not NOT_PYTHON.search(file.path[len(STDLIB):])]
+    files = []
+    for address, blob, cut in CORPORA[name]:
+        path = download(DOWNLOADS / name / os.path.basename(address), address, blob)
+        files.append(File(LocalFileSystem(), str(path), "text", cut))
     return files
 
 
@@ -355,7 +362,7 @@ TEST_SETS = {       # name: {its files in a folder of test sets: (address, # a m
 }
 ITEM_FIELDS = {
     "lambada": dict(text=str),
-    "piqa": dict(goal=str, sol1=str, sol2=str, label=int),
+    "piqa": dict(goal=str, sol1=str, sol2=str),
     "hellaswag": dict(activity_label=str, ctx_a=str, ctx_b=str, endings=list, label=int),
 }
 
@@ -363,12 +370,9 @@ ITEM_FIELDS = {
 def test_files(name, folder=None):
     """Paths of a test set's files: in folder, or without one under data/raw/eval, where they are downloaded.
     Raises DataError."""
-    paths = []
-    for file, (address, sha256) in TEST_SETS[name].items():
-        if folder and not (Path(folder) / file).is_file():
-            raise DataError(f"{Path(folder) / file}: no such file for {name}; put {address} there")
-        paths.append(Path(folder) / file if folder else download(DOWNLOADS / "eval" / file, address, sha256))
-    return paths
+    if folder:
+        return [Path(folder) / file for file in TEST_SETS[name]]
+    return [download(DOWNLOADS / "eval" / file, *source) for file, source in TEST_SETS[name].items()]
 
 
 def test_items(name, folder=None):
@@ -387,10 +391,9 @@ def test_items(name, folder=None):
         raise DataError(f"{path}: {len(lines)} items, but {len(labels)} labels beside it")
     for number, line in enumerate(lines):
         with one_line_errors(f"{path}, item {number + 1}"):
-            item = json.loads(line) | (dict(label=int(labels[number])) if labels else {})
-            for field, kind in ITEM_FIELDS[name].items():
-                if not isinstance(item[field], kind):
-                    raise TypeError(f"{field} is {item[field]!r}, expected {kind.__name__}")
+            item = parse(line, ITEM_FIELDS[name])
+            if labels:
+                item["label"] = int(labels[number])
         yield item
 
 
@@ -431,14 +434,14 @@ MIN_WORDS, MAX_WORDS = 8, 13
 # Thai, Lao, Khmer, Japanese, Chinese: without spaces between words, so a character counts as a word
 NO_SPACES = ("\u0e00-\u0eff\u1780-\u17ff\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
              "\U00020000-\U0003ffff")
-SPACELESS, WORD = re.compile(f"([{NO_SPACES}])"), re.compile(rf"[{NO_SPACES}]|[^\s{NO_SPACES}]+")
+WORD = re.compile(rf"[{NO_SPACES}]|[^\s{NO_SPACES}]+")
 MARK = re.compile(r"[^\x00-\x7f\w\s]")                      # beyond ASCII: neither letter, digit nor space
 ASCII_MARKS = {i: None for i in range(128) if not chr(i).isalnum() and not chr(i).isspace()}
 MIX = np.uint64(0x9E3779B97F4A7C15)
 
 
 def split_words(text):
-    return (text if text.isascii() else SPACELESS.sub(r" \1 ", text)).split()
+    return text.split() if text.isascii() else WORD.findall(text)
 
 
 def without_punctuation(text):
@@ -641,8 +644,8 @@ def groups(files, options, bar):
 
 
 def make_parts(files, work, options, workers, bar):
-    """Make the parts that are not in the folder work yet. Returns the tokens and the keys, (n,) of KEY, of all
-    rows, each mapped from a file. Raises DataError where there is no text."""
+    """Make the parts that are not in the folder work yet. Returns the tokens of all rows and their keys, (n,)
+    of KEY, each mapped from a file. Raises DataError where there is no text."""
     tasks = ((work / f"{number:08}.npz", group, options)
              for number, group in enumerate(groups(files, options, bar)))
     parts, n_tokens = list(in_order(make_part, tasks, workers)), 0
@@ -710,9 +713,8 @@ def find_duplicates(path, keys, tokenizer, workers):
     return repeats
 
 
-def decide(keys, repeats, val_fraction):
-    """Which rows are for training, and which for validation: two masks (n,)."""
-    positions, stays = keys["position"], (keys["tokens"] > 0) & ~repeats
+def decide(positions, stays, val_fraction):
+    """Which of the rows that stay are for training, and which for validation: masks (n,), as stays is."""
     # of a small corpus, at least the lowest position is for validation and the highest for training
     limit = min(max(val_fraction, np.nextafter(positions[stays].min(), 3)), positions[stays].max())
     return stays & (positions >= limit), stays & (positions < limit)
@@ -817,12 +819,12 @@ def prepare(sources, out, tokenizer="gpt2", val_fraction=0.05, *, field="text", 
         files += [file._replace(source=k) for file in found]
         passed_over.append(passed)
     infos = [file.fs.info(file.path) for file in files]
+    size = sum(info.get("size") or 0 for info in infos)
     grams = test_grams(options["decontaminate"], eval_data)
     # everything that shapes the parts: this program, the options, the input, the test items
     shape = [VERSION, PIECE, GROUP, unicodedata.unidata_version, options | dict(skip_bad=None), infos,
              [(file.source, file.path, file.kind) for file in files], sorted(grams.grams)]
     work = out / "prepare.work" / hashlib.sha256(repr(shape).encode()).hexdigest()[:16]
-    size = sum(info.get("size") or 0 for info in infos)
 
     with lock(out / "prepare.lock"), tqdm(total=size, unit="B", unit_scale=True, desc=str(out)) as bar:
         for stale in set(work.parent.glob("*")) - {work}:
@@ -830,17 +832,17 @@ def prepare(sources, out, tokenizer="gpt2", val_fraction=0.05, *, field="text", 
         tokens, keys = make_parts(files, work, options, workers, bar)
         if keys["bad"].any() and not skip_bad:
             raise DataError(f"{work}: made with --skip_bad, which left text out; give it again, or remove it")
-        repeats = np.zeros(len(keys), bool)
+        stays = keys["tokens"] > 0
         if not keep_duplicates:
-            repeats = find_duplicates(work / "tokens", keys, tokenizer, workers)
-        train, val = decide(keys, repeats, val_fraction)
+            stays &= ~find_duplicates(work / "tokens", keys, tokenizer, workers)
+        train, val = decide(keys["position"], stays, val_fraction)
         bins = {side: work / f"{side}.bin" for side in ("train", "val")}
         write_bin(bins["train"], tokens, keys, train)
         write_bin(bins["val"], tokens, keys, val)
         if not val.any():                           # a single document, or equal ones
             halve(bins["train"], bins["val"], val_fraction, encoding)
         splits = {side: count_bin(path, encoding) for side, path in bins.items()}
-        counts = count_sources(keys, train | val, len(sources))
+        counts = count_sources(keys, stays, len(sources))
         meta = dict(tokenizer=tokenizer, vocab_size=encoding.n_vocab, splits=splits,
                     sources=[dict(source=name, **count, passed_over=dict(passed))
                              for name, count, passed in zip(sources, counts, passed_over)],
@@ -867,20 +869,14 @@ def bins_of(folder, side):
 def read_meta(folder):
     """The meta.json of a folder. Without one its bins count as GPT-2 tokens, as nanoGPT's are."""
     path = Path(folder) / "meta.json"
-    try:
-        meta = json.loads(path.read_text())
-    except FileNotFoundError:
-        if path.with_suffix(".pkl").exists():
-            raise DataError(f"{path.with_suffix('.pkl')}: nanoGPT's tokens of characters, which nothing here "
-                            "reads; prepare the text with --tokenizer bytes") from None
-        print(f"{folder}: no meta.json there, so its bins are read as GPT-2 tokens")
-        return dict(tokenizer="gpt2", vocab_size=50257, splits={})
-    except ValueError:
-        meta = None
-    expected = dict(tokenizer=str, vocab_size=int, splits=dict)
-    if isinstance(meta, dict) and all(isinstance(meta.get(key), kind) for key, kind in expected.items()):
-        return meta
-    raise DataError(f"{path}: expected {', '.join(expected)} as prepare.py writes them; make the bins again")
+    if path.exists():
+        with one_line_errors(f"{path}: make the bins again"):
+            return parse(path.read_text(), dict(tokenizer=str, vocab_size=int, splits=dict))
+    if path.with_suffix(".pkl").exists():
+        raise DataError(f"{path.with_suffix('.pkl')}: nanoGPT's tokens of characters, which nothing here "
+                        "reads; prepare the text with --tokenizer bytes")
+    print(f"{folder}: no meta.json there, so its bins are read as GPT-2 tokens")
+    return dict(tokenizer="gpt2", vocab_size=50257, splits={})
 
 
 def open_bin(path, vocab_size=None, meta=None):
@@ -982,9 +978,8 @@ def print_report(meta, out):
 def main(argv):
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("sources", nargs="*", metavar="SOURCE", help="a corpus, a file, a folder, a pattern, a URL")
+    add("sources", nargs="*", metavar="SOURCE", help=f"file, folder, pattern, URL, or {', '.join(CORPORA)}")
     add("--out", metavar="DIR", help="where the bins go, e.g. data/mine")
-    add("--list", action="store_true", help="print the corpora that have a name")
     add("--verify", metavar="DIR", help="check every byte of the bins there")
     add("--tokenizer", default="gpt2", help="gpt2 (default) or bytes")
     add("--val_fraction", type=float, default=0.05, help="share of documents for validation (default 0.05)")
@@ -998,13 +993,10 @@ def main(argv):
     add("--workers", type=int, default=os.cpu_count(), metavar="N", help="processes (default: one a core)")
     args = vars(parser.parse_args(argv))
     folder = args.pop("verify")
-    if args.pop("list"):
-        for name, place in CORPORA.items():
-            print(f"{name:16} {place if isinstance(place, str) else place[0][0]}")
-    elif folder:
+    if folder:
         verify(folder)
     elif not args["sources"] or not args["out"]:
-        parser.error("expected a SOURCE and --out DIR; --list names corpora")
+        parser.error("expected a SOURCE and --out DIR; see --help")
     elif not 0 < args["val_fraction"] < 1 or args["workers"] < 1:
         parser.error("expected --val_fraction between 0 and 1, and --workers of 1 or more")
     else:

@@ -308,11 +308,6 @@ def test_any_address_that_fsspec_opens_is_a_source(tmp_path):
         prepared(["nosuch://x"], tmp_path / "out")
 
 
-def test_list_names_every_corpus(tmp_path, run):
-    result = run("prepare.py", "--list", cwd=tmp_path)
-    assert [line.split()[0] for line in result.stdout.splitlines()] == list(p.CORPORA)
-
-
 # ---- the same bytes, always
 
 
