@@ -68,11 +68,9 @@ def get_tokenizer(name):
                                  mergeable_ranks={bytes([i]): i for i in range(256)})
     if name != "gpt2":
         raise DataError(f'tokenizer "{name}": expected "gpt2" or "bytes"')
-    try:
+    with one_line_errors("GPT-2's vocabulary: with a network, tiktoken.get_encoding('gpt2') puts it into the "
+                         "folder that TIKTOKEN_CACHE_DIR names, to bring along"):
         return tiktoken.get_encoding("gpt2")
-    except OSError:     # every network error of requests, which tiktoken downloads with
-        raise DataError("no network for GPT-2's vocabulary; with one, tiktoken.get_encoding('gpt2') puts it "
-                        "into the folder that TIKTOKEN_CACHE_DIR names, to bring along") from None
 
 
 @functools.cache
@@ -230,12 +228,10 @@ def download(path, address, digest):
         return path
     url, _, member = address.partition("#")
     print(f"downloading {url}", file=sys.stderr)
-    try:
+    with one_line_errors(f"{address}: cannot be downloaded; without a network, put it at {path}"):
         with urllib.request.urlopen(url, timeout=60) as response:
             data = response.read()
         data = zipfile.ZipFile(io.BytesIO(data)).read(member) if member else data
-    except (OSError, zipfile.BadZipFile, KeyError) as e:        # urllib's errors are OSErrors
-        raise DataError(f"cannot download {address} ({e}); without a network, put it at {path}") from None
     git_hash = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
     if digest not in (hashlib.sha256(data).hexdigest(), git_hash):
         raise DataError(f"{address} has changed, its hash is not {digest}; if you trust it, put it at {path}")
@@ -458,9 +454,8 @@ class Grams:
     """
 
     def __init__(self, texts):
-        self.grams, self.lengths = {}, set()
+        self.grams, self.lengths, long_enough = {}, set(), {}
         self.heads = set()          # hashes of the first 8 words of the grams, for a cheap first look
-        long_enough = {}
         for item, text in texts:
             words = split_words(without_punctuation(text.lower()))
             n = min(MAX_WORDS, len(words))
@@ -835,12 +830,11 @@ def prepare(sources, out, tokenizer="gpt2", val_fraction=0.05, *, field="text", 
         stays = keys["tokens"] > 0
         if not keep_duplicates:
             stays &= ~find_duplicates(work / "tokens", keys, tokenizer, workers)
-        train, val = decide(keys["position"], stays, val_fraction)
         bins = {side: work / f"{side}.bin" for side in ("train", "val")}
-        write_bin(bins["train"], tokens, keys, train)
-        write_bin(bins["val"], tokens, keys, val)
-        if not val.any():                           # a single document, or equal ones
-            halve(bins["train"], bins["val"], val_fraction, encoding)
+        for path, chosen in zip(bins.values(), decide(keys["position"], stays, val_fraction)):
+            write_bin(path, tokens, keys, chosen)
+        if bins["val"].stat().st_size == 0:         # a single document, or equal ones
+            halve(*bins.values(), val_fraction, encoding)
         splits = {side: count_bin(path, encoding) for side, path in bins.items()}
         counts = count_sources(keys, stays, len(sources))
         meta = dict(tokenizer=tokenizer, vocab_size=encoding.n_vocab, splits=splits,
@@ -934,7 +928,7 @@ def open_data(data, side, vocab_size=None):
 def verify(folder):
     """Check every byte of a folder's bins, and print a line for each. Raises DataError."""
     meta = read_meta(folder)
-    recorded = {name: dict(counts) for name, counts in meta["splits"].items()}
+    recorded = dict(meta["splits"])         # open_bin adds what is not there
     for path in sorted({*bins_of(folder, "train"), *bins_of(folder, "val"),
                         *(Path(folder) / f"{name}.bin" for name in recorded)}):
         open_bin(path, meta=meta)
