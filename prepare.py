@@ -517,9 +517,8 @@ def cut_items(text, grams):
 BINS, BANDS = 128, 16       # of a MinHash signature; a band is BINS / BANDS of them
 # cut: characters cut from the record that begins here. literal: whether it holds a literal <|endoftext|>.
 # bad: whether --skip_bad left it out. begin: where the row's tokens begin in those of its part, later of all.
-RECORD_KEY = [("source", "u4"), ("position", "f8"), ("first", "?"), ("cut", "i8"), ("literal", "?"),
-              ("bad", "?")]
-KEY = np.dtype([*RECORD_KEY, ("begin", "i8"), ("tokens", "i8"), ("bytes", "i8"), ("exact", "V16"),
+KEY = np.dtype([("source", "u4"), ("position", "f8"), ("first", "?"), ("cut", "i8"), ("literal", "?"),
+                ("bad", "?"), ("begin", "i8"), ("tokens", "i8"), ("bytes", "i8"), ("exact", "V16"),
                 ("bands", "u8", BANDS)])
 
 
@@ -591,7 +590,7 @@ def make_part(path, group, options):
     ids = [tokenizer.encode_to_numpy(row, allowed_special=set(), disallowed_special=()) for row in rows]
     tokens = np.concatenate([np.append(np.uint32(tokenizer.eot_token), row) for row in ids]).astype("<u2")
     keys = np.zeros(len(rows), KEY)
-    keys[[name for name, _ in RECORD_KEY]] = heads
+    keys[["source", "position", "first", "cut", "literal", "bad"]] = heads
     keys["bytes"], keys["tokens"] = [len(row.encode()) for row in rows], [len(row) for row in ids]
     keys["begin"] = np.cumsum(keys["tokens"] + 1) - keys["tokens"]
     if not options["keep_duplicates"]:
@@ -639,8 +638,8 @@ def groups(files, options, bar):
 
 
 def make_parts(files, work, options, workers, bar):
-    """Make the parts that are not in the folder work yet. Returns the tokens of all rows and their keys, (n,)
-    of KEY, each mapped from a file. Raises DataError where there is no text."""
+    """Make the parts that are not in the folder work yet, and put the tokens of all into work/tokens. Returns
+    the keys of all rows, (n,) of KEY, mapped from a file. Raises DataError where there is no text."""
     tasks = ((work / f"{number:08}.npz", group, options)
              for number, group in enumerate(groups(files, options, bar)))
     parts, n_tokens = list(in_order(make_part, tasks, workers)), 0
@@ -654,7 +653,7 @@ def make_parts(files, work, options, workers, bar):
             keys.tofile(all_keys)
     if not n_tokens:
         raise DataError("no text in any of the sources")
-    return np.memmap(work / "tokens", "<u2", "r"), np.memmap(work / "keys", KEY, "r")
+    return np.memmap(work / "keys", KEY, "r")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -664,24 +663,24 @@ SIMILAR = 0.8       # Jaccard similarity of 5-grams from which a document repeat
 
 
 @functools.lru_cache(2**10)
-def row_shingles(path, begin, n, tokenizer):
+def row_shingles(tokens_path, begin, n, tokenizer):
     """The different 5-grams of a row, hashed and sorted."""
-    tokens = np.fromfile(path, "<u2", n, offset=2 * begin)
+    tokens = np.fromfile(tokens_path, "<u2", n, offset=2 * begin)
     return np.unique(shingles(compared(get_tokenizer(tokenizer).decode(tokens.tolist()))))
 
 
-def are_similar(path, pairs, tokenizer):
+def are_similar(tokens_path, pairs, tokenizer):
     """Whether pairs of rows have a Jaccard similarity of SIMILAR or more. pairs: (n, 2) of KEY."""
     answers = []
     for pair in pairs:
-        a, b = (row_shingles(path, row["begin"], row["tokens"], tokenizer) for row in pair)
+        a, b = (row_shingles(tokens_path, row["begin"], row["tokens"], tokenizer) for row in pair)
         both = len(np.intersect1d(a, b, assume_unique=True))
         answers.append(both >= SIMILAR * (len(a) + len(b) - both))
     return answers
 
 
-def find_duplicates(path, keys, tokenizer, workers):
-    """Which rows repeat an earlier one that stays, exactly or nearly: (n,) bool. path: the file of tokens.
+def find_duplicates(tokens_path, keys, tokenizer, workers):
+    """Which rows repeat an earlier one that stays, exactly or nearly: (n,) bool.
 
     A corpus with its own split is left as it is. A row is compared, by all its 5-grams, with the first row of
     each of its bands: time is linear, and no row goes by accident.
@@ -699,7 +698,7 @@ def find_duplicates(path, keys, tokenizer, workers):
         pairs.append(np.stack([rows, leaders], axis=1)[rows != leaders])
     pairs = np.unique(np.concatenate(pairs), axis=0)                # (pairs, 2)
 
-    tasks = [(path, keys[pairs[at:at + 500]], tokenizer) for at in range(0, len(pairs), 500)]
+    tasks = [(tokens_path, keys[pairs[at:at + 500]], tokenizer) for at in range(0, len(pairs), 500)]
     answers = in_order(are_similar, tasks, min(workers, len(tasks) or 1))
     answers = tqdm(answers, desc="comparing", total=len(tasks), delay=3, leave=False)
     similar = np.concatenate([np.zeros(0, bool), *answers])
@@ -719,17 +718,19 @@ def decide(positions, stays, val_fraction):
 # Write: the bins, part after part
 
 
-def write_bin(path, tokens, keys, chosen):
+def write_bin(path, tokens_path, keys, chosen):
     """Write the chosen rows, a mask (n,), to a bin."""
     rows = np.flatnonzero(chosen)
     begins = keys["begin"][rows]
     ends = begins + keys["tokens"][rows]
     # the <|endoftext|> before a row separates it from another document; that of the first goes to the end
     begins[1:] -= np.diff(np.cumsum(keys["first"])[rows]) > 0
-    with open(path, "wb") as f:
+    with open(tokens_path, "rb", buffering=2**20) as tokens, open(path, "wb") as f:
         for begin, end in tqdm(zip(begins, ends), desc=path.name, total=len(rows), delay=3, leave=False):
-            f.write(tokens[begin:end])
-        f.write(tokens[:min(1, len(rows))])
+            tokens.seek(2 * begin)          # not mapped, which would count as this process's memory
+            f.write(tokens.read(2 * (end - begin)))
+        tokens.seek(0)
+        f.write(tokens.read(2 * min(1, len(rows))))
 
 
 def count_sources(keys, stays, n_sources):
@@ -824,7 +825,7 @@ def prepare(sources, out, tokenizer="gpt2", val_fraction=0.05, *, field="text", 
     with lock(out / "prepare.lock"), tqdm(total=size, unit="B", unit_scale=True, desc=str(out)) as bar:
         for stale in set(work.parent.glob("*")) - {work}:
             shutil.rmtree(stale)
-        tokens, keys = make_parts(files, work, options, workers, bar)
+        keys = make_parts(files, work, options, workers, bar)
         if keys["bad"].any() and not skip_bad:
             raise DataError(f"{work}: made with --skip_bad, which left text out; give it again, or remove it")
         stays = keys["tokens"] > 0
@@ -832,7 +833,7 @@ def prepare(sources, out, tokenizer="gpt2", val_fraction=0.05, *, field="text", 
             stays &= ~find_duplicates(work / "tokens", keys, tokenizer, workers)
         bins = {side: work / f"{side}.bin" for side in ("train", "val")}
         for path, chosen in zip(bins.values(), decide(keys["position"], stays, val_fraction)):
-            write_bin(path, tokens, keys, chosen)
+            write_bin(path, work / "tokens", keys, chosen)
         if bins["val"].stat().st_size == 0:         # a single document, or equal ones
             halve(*bins.values(), val_fraction, encoding)
         splits = {side: count_bin(path, encoding) for side, path in bins.items()}
