@@ -430,14 +430,14 @@ MIN_WORDS, MAX_WORDS = 8, 13
 # Thai, Lao, Khmer, Japanese, Chinese: without spaces between words, so a character counts as a word
 NO_SPACES = ("\u0e00-\u0eff\u1780-\u17ff\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
              "\U00020000-\U0003ffff")
-WORD = re.compile(rf"[{NO_SPACES}]|[^\s{NO_SPACES}]+")
+SPACELESS, WORD = re.compile(f"([{NO_SPACES}])"), re.compile(rf"[{NO_SPACES}]|[^\s{NO_SPACES}]+")
 MARK = re.compile(r"[^\x00-\x7f\w\s]")                      # beyond ASCII: neither letter, digit nor space
 ASCII_MARKS = {i: None for i in range(128) if not chr(i).isalnum() and not chr(i).isspace()}
 MIX = np.uint64(0x9E3779B97F4A7C15)
 
 
 def split_words(text):
-    return text.split() if text.isascii() else WORD.findall(text)
+    return (text if text.isascii() else SPACELESS.sub(r" \1 ", text)).split()      # faster than WORD.findall
 
 
 def without_punctuation(text):
