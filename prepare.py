@@ -682,20 +682,22 @@ def are_similar(tokens_path, pairs, tokenizer):
 def find_duplicates(tokens_path, keys, tokenizer, workers):
     """Which rows repeat an earlier one that stays, exactly or nearly: (n,) bool.
 
-    A corpus with its own split is left as it is. A row is compared, by all its 5-grams, with the first row of
-    each of its bands: time is linear, and no row goes by accident.
+    Rows of corpora with their own split come first and stay, whatever they repeat. A row is compared, by all
+    its 5-grams, with the first row of each of its bands: time is linear, and no row goes by accident.
     """
-    repeats = np.zeros(len(keys), bool)
-    rows = np.flatnonzero((keys["tokens"] > 0) & (keys["position"] >= 0) & (keys["position"] < 1))
+    own, repeats = (keys["position"] < 0) | (keys["position"] >= 1), np.zeros(len(keys), bool)
+    rows = np.argsort(~own, kind="stable")
+    rows = rows[keys["tokens"][rows] > 0]
     _, first = np.unique(keys["exact"][rows], return_index=True)
     repeats[np.delete(rows, first)] = True
+    repeats[own] = False
     rows = rows[np.sort(first)]
 
     pairs = []                  # a row, and the first that shares a band with it
     for band in range(BANDS):
         _, first, inverse = np.unique(keys["bands"][:, band][rows], return_index=True, return_inverse=True)
         leaders = rows[first[inverse]]
-        pairs.append(np.stack([rows, leaders], axis=1)[rows != leaders])
+        pairs.append(np.stack([rows, leaders], axis=1)[(rows != leaders) & ~own[rows]])
     pairs = np.unique(np.concatenate(pairs), axis=0)                # (pairs, 2)
 
     tasks = [(tokens_path, keys[pairs[at:at + 500]], tokenizer) for at in range(0, len(pairs), 500)]
