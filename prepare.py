@@ -3,21 +3,18 @@
     python prepare.py python --out data/python --tokenizer bytes
     python prepare.py notes.txt dump.jsonl.gz folder/ 'more/*.parquet' --out data/mine
     python prepare.py openwebtext pg19 --decontaminate=lambada,hellaswag --out data/corpus
-    python prepare.py --list                            the corpora that have a name
     python prepare.py --verify data/corpus              check finished bins, byte by byte
 
-A source is a corpus of --list, or anything that fsspec opens: a file, a folder, a pattern of files,
-hf://datasets/..., s3://..., https://... A .jsonl or .ndjson holds a document a line, in the field "text" (or
---field); so does a .json, which is passed over in a folder. A .parquet holds one a row. Any other file (.txt,
-.md, .py, ...) is one document, or several with --separator. .gz, .xz, .bz2 and .zst are read as they are.
+A source is a corpus with a name (below), or anything that fsspec opens: a file, a folder, a pattern of files,
+hf://datasets/..., s3://..., https://... A .jsonl, .ndjson or .json holds a document a line (a .json in a
+folder is passed over), a .parquet one a row. Any other file (.txt, .md, .py, ...) is one document, or several
+with --separator. .gz, .xz, .bz2 and .zst are read as they are.
 
 Writes OUT/train.bin and OUT/val.bin in nanoGPT's format (headerless little-endian uint16, <|endoftext|> after
-each document), and OUT/meta.json: tokenizer, counts, sha256, what was left out. Exact and near duplicates are
-left out. A run that was stopped goes on with the same command. Neither a kill nor the number of workers
-changes a byte of the bins.
+each document), and OUT/meta.json: tokenizer, counts, sha256, what was left out. A run that was stopped goes
+on with the same command. Neither a kill nor the number of workers changes a byte of the bins.
 """
 import argparse
-import difflib
 import fcntl
 import functools
 import hashlib
@@ -51,15 +48,11 @@ EOT = "<|endoftext|>"
 DOWNLOADS = Path("data/raw")
 PIECE = 2**24           # a longer document is handled in pieces of so many bytes
 GROUP = 2**21           # bytes of text that a worker takes at once
-VERSION = 4             # of the parts in prepare.work; raise it when they come to hold something else
+VERSION = 5             # of the parts in prepare.work; raise it when they come to hold something else
 
 
 class DataError(ValueError):
     """Data or a source that cannot be used. The message is one line for the user."""
-
-
-class NoBin(DataError):
-    """There is no such bin, rather than a damaged one."""
 
 
 # ---------------------------------------------------------------------------------------------
@@ -75,11 +68,9 @@ def get_tokenizer(name):
                                  mergeable_ranks={bytes([i]): i for i in range(256)})
     if name != "gpt2":
         raise DataError(f'tokenizer "{name}": expected "gpt2" or "bytes"')
-    try:
+    with one_line_errors("GPT-2's vocabulary: with a network, tiktoken.get_encoding('gpt2') puts it into the "
+                         "folder that TIKTOKEN_CACHE_DIR names, to bring along"):
         return tiktoken.get_encoding("gpt2")
-    except OSError:     # every network error of requests, which tiktoken downloads with
-        raise DataError("no network for GPT-2's vocabulary; with one, tiktoken.get_encoding('gpt2') puts it "
-                        "into the folder that TIKTOKEN_CACHE_DIR names, to bring along") from None
 
 
 @functools.cache
@@ -105,10 +96,10 @@ def count_words(tokens, tokenizer):
 
 
 # kind: "line" (of JSON), "row" (of parquet) or "text". cut, where a corpus has its own split: a function from
-# the text to pairs (document, position).
-File = namedtuple("File", "fs path kind cut", defaults=[None])
-# source: its number on the command line. at: number of the line or row, or the byte where a text begins.
-# data: the line, row or document, or a piece of a long document. first: whether a document begins here.
+# the text to pairs (document, position). source: its number on the command line.
+File = namedtuple("File", "fs path kind cut source", defaults=[None, 0])
+# at: number of the line or row, or the byte where a text begins. data: the line, row or document, or a piece
+# of a long document. first: whether a document begins here.
 Record = namedtuple("Record", "source path kind at data first position", defaults=[True, None])
 OWN_TRAIN, OWN_VAL = 2.0, -1.0      # positions of documents whose corpus has its own split
 
@@ -147,71 +138,64 @@ CORPORA = {     # name: a pattern; or [(address, git's hash, cut)] of files to d
     "pg19": "hf://datasets/emozilla/pg19/data/train-*.parquet",
     "pile": "hf://datasets/monology/pile-uncopyrighted/train/*.jsonl.zst",
 }
-NOT_PYTHON = {"test", "tests", "idle_test", "__pycache__", "site-packages", "dist-packages"}
-TEXT = (".txt .text .md .markdown .rst .tex .org .html .htm .xml .css .py .pyi .c .h .cc .cpp .hpp .cu .java "
-        ".js .jsx .ts .tsx .go .rs .rb .php .pl .sh .sql .r .jl .lua .scala .kt .swift .cs .hs .ml .el .lisp")
-# by the ending of its name; a folder's other files are passed over, for .json is hardly ever lines there
-KINDS = dict.fromkeys(TEXT.split(), "text") | {".jsonl": "line", ".ndjson": "line", ".parquet": "row"}
-NAMED = {".json": "line"}       # of a file or pattern that is named; others are text
+NOT_PYTHON = re.compile("/(test|tests|idle_test|__pycache__|site-packages|dist-packages)/")
+KINDS = {".jsonl": "line", ".ndjson": "line", ".json": "line", ".parquet": "row"}       # of others: "text"
+# what is read in a folder; not .json, which is hardly ever lines there
+IN_FOLDERS = set("""
+    .jsonl .ndjson .parquet .txt .text .md .markdown .rst .tex .org .html .htm .xml .css .py .pyi .c .h .cc
+    .cpp .hpp .cu .java .js .jsx .ts .tsx .go .rs .rb .php .pl .sh .sql .r .jl .lua .scala .kt .swift .cs .hs
+    .ml .el .lisp""".split())
 
 
 @contextmanager
 def one_line_errors(name):
-    """Whatever goes wrong with a file (cut short, no network, a missing library) becomes a DataError."""
+    """Whatever goes wrong (a file cut short, no network, a missing library) becomes a DataError."""
     try:
         yield
     except DataError:
         raise
     except Exception as e:      # each compression and each network library has errors of its own
         missing = isinstance(e, ImportError) and e.name
-        reason = f"pip install {missing} to read it" if missing else str(e).partition("\n")[0] or repr(e)
-        raise DataError(f"{name}: {reason}") from None
+        reason = f"pip install {missing} to read it" if missing else f"{type(e).__name__}: {e}"
+        raise DataError(f"{name}: {reason}".partition("\n")[0]) from None
 
 
-@contextmanager
-def open_file(fs, path):
-    """with open_file(fs, path) as (f, raw): f reads the decompressed bytes, raw those of the file itself."""
-    compression = fsspec.utils.infer_compression(path.lower())
-    if path.lower().endswith(".zst") and compression is None:
-        raise DataError(f"{path}: pip install backports.zstd to read it")
-    if compression == "zip":
-        raise DataError(f"{path}: unpack it and pass its folder")
-    # 100 is ZSTD_d_windowLogMax: files written with --long=31 too
-    options = {"options": {100: 31}} if compression == "zstd" else {}
-    decompress = fsspec.compression.compr[compression]
-    with one_line_errors(path), fs.open(path, "rb") as raw, decompress(raw, mode="rb", **options) as f:
-        yield f, raw
+def parse(text, fields):
+    """A JSON object with these fields: {name: type}. Raises ValueError, KeyError or TypeError."""
+    item = json.loads(text)
+    for field, kind in fields.items():
+        if not isinstance(item[field], kind):
+            raise TypeError(f"{field} is {item[field]!r}, expected {kind.__name__}")
+    return item
 
 
 ENDING = re.compile(r"(\.\w+)?(\.gz|\.xz|\.bz2|\.zst)?$")        # ".jsonl" of "a.jsonl.gz"
 
 
-def find_files(source, passed_over):
-    """The Files of a source, in a fixed order. passed_over: a Counter of the endings not read in a folder."""
+def find_files(source):
+    """(its Files in a fixed order, a Counter of the endings passed over in a folder). Raises DataError."""
     with one_line_errors(source):
         fs, path = fsspec.core.url_to_fs(source)
         in_folder = not fs.isfile(path) and fs.isdir(path)
         if in_folder:
-            paths = list(walk(fs, path, set()))
+            paths = walk(fs, path, set())
         elif fs.isfile(path):
             paths = [path]
         elif source in CORPORA:
-            return corpus_files(source)
+            return corpus_files(source), Counter()
         else:
-            paths = [path for path in fs.glob(path) if fs.isfile(path)]
-    files = []
-    for path in sorted(paths, key=lambda path: path.split("/")):
-        last = ENDING.search(path.lower())[1]
-        kind = KINDS.get(last) or ("" if in_folder else NAMED.get(last, "text"))
-        if kind:
-            files.append(File(fs, path, kind))
+            paths = filter(fs.isfile, fs.glob(path))
+        paths = sorted(paths, key=lambda path: path.split("/"))
+    files, passed_over = [], Counter()
+    for path in paths:
+        ending = ENDING.search(path.lower())[1]
+        if in_folder and ending not in IN_FOLDERS:
+            passed_over[ending or "no ending"] += 1
         else:
-            passed_over[last or "no ending"] += 1
+            files.append(File(fs, path, KINDS.get(ending, "text")))
     if not files:
-        near = difflib.get_close_matches(source, CORPORA, n=1)
-        raise DataError(f"{source}: no file that can be read there, and no corpus of --list"
-                        + (f", did you mean {near[0]}?" if near else ""))
-    return files
+        raise DataError(f"{source}: no file that can be read there, and none of {', '.join(CORPORA)}")
+    return files, passed_over
 
 
 def walk(fs, folder, seen):
@@ -224,14 +208,14 @@ def walk(fs, folder, seen):
 
 
 def corpus_files(name):
-    """The Files of a corpus of --list, or of data/raw/NAME where a person put them there."""
-    place, folder = CORPORA[name], DOWNLOADS / name
-    if isinstance(place, list):
-        paths = [download(folder / os.path.basename(address), address, blob) for address, blob, _ in place]
-        return [File(LocalFileSystem(), str(path), "text", cut) for path, (*_, cut) in zip(paths, place)]
-    files = find_files(str(folder) if folder.is_dir() else place, Counter())
-    if name == "python":
-        return [file for file in files if not NOT_PYTHON & set(os.path.relpath(file.path, STDLIB).split("/"))]
+    """The Files of a corpus that has a name."""
+    if isinstance(CORPORA[name], str):
+        files, _ = find_files(CORPORA[name])
+        return [file for file in files if name != "python" or not NOT_PYTHON.search(file.path[len(STDLIB):])]
+    files = []
+    for address, blob, cut in CORPORA[name]:
+        path = download(DOWNLOADS / name / os.path.basename(address), address, blob)
+        files.append(File(LocalFileSystem(), str(path), "text", cut))
     return files
 
 
@@ -244,12 +228,10 @@ def download(path, address, digest):
         return path
     url, _, member = address.partition("#")
     print(f"downloading {url}", file=sys.stderr)
-    try:
+    with one_line_errors(f"{address}: cannot be downloaded; without a network, put it at {path}"):
         with urllib.request.urlopen(url, timeout=60) as response:
             data = response.read()
         data = zipfile.ZipFile(io.BytesIO(data)).read(member) if member else data
-    except (OSError, zipfile.BadZipFile, KeyError) as e:        # urllib's errors are OSErrors
-        raise DataError(f"cannot download {address} ({e}); without a network, put it at {path}") from None
     git_hash = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
     if digest not in (hashlib.sha256(data).hexdigest(), git_hash):
         raise DataError(f"{address} has changed, its hash is not {digest}; if you trust it, put it at {path}")
@@ -273,9 +255,16 @@ def sha256_of(path):
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def records(source, file, field="text", separator="", bar=None):
+def records(file, field="text", separator="", bar=tqdm(disable=True)):
     """The Records of a File. bar moves by the bytes read. Raises DataError."""
-    with open_file(file.fs, file.path) as (f, raw):
+    path = file.path.lower()
+    compression = fsspec.utils.infer_compression(path)
+    if path.endswith((".zip", ".zst")) and compression != "zstd":
+        raise DataError(f"{file.path}: unpack it first; or to read a .zst, pip install backports.zstd")
+    decompress = fsspec.compression.compr[compression]
+    if compression == "zstd":       # 100 is ZSTD_d_windowLogMax: files written with --long=31 too
+        decompress = functools.partial(decompress, options={100: 31})
+    with one_line_errors(file.path), file.fs.open(file.path, "rb") as raw, decompress(raw, mode="rb") as f:
         if file.cut:
             items = [(0, document.encode(), True, place) for document, place in file.cut(f.read().decode())]
         elif file.kind == "line":
@@ -284,21 +273,16 @@ def records(source, file, field="text", separator="", bar=None):
             items = enumerate(parquet_rows(f, field))
         else:
             items = pieces(f, separator.encode())
-        read = 0
+        begin = bar.n
         for item in items:
-            yield Record(source, file.path, file.kind, *item)
-            if bar is not None:
-                bar.update(raw.tell() - read)
-                read = raw.tell()
+            yield Record(file.source, file.path, file.kind, *item)
+            bar.update(begin + raw.tell() - bar.n)
 
 
 def parquet_rows(f, field):
     import pyarrow.parquet
     parquet = pyarrow.parquet.ParquetFile(f)
-    names = parquet.schema_arrow.names
-    if field not in names:
-        raise ValueError(f'no column "{field}"; --field names one of {", ".join(names)}')
-    kind = str(parquet.schema_arrow.field(field).type)
+    kind = str(parquet.schema_arrow.field(field).type)          # KeyError names a column that is not there
     if not re.match("(dictionary<values=)?(large_)?(string|binary)", kind):
         raise ValueError(f'column "{field}" holds {kind}, expected text')
     for batch in parquet.iter_batches(1024, columns=[field]):
@@ -335,32 +319,20 @@ def pieces(f, separator=b""):
     yield at, held, first, place
 
 
-def text_of(record, field="text", bad=None):
-    """The text of a record, "" for an empty line. Where there is none: DataError, or a count in bad."""
-    text = record.data
-    try:
-        text = text.decode() if isinstance(text, bytes) else text
+def text_of(record, field="text"):
+    """The text of a record, "" for an empty line. Raises DataError."""
+    with one_line_errors(f"{record.path}, {record.kind} {record.at}"):
+        text = record.data.decode() if isinstance(record.data, bytes) else record.data
         if record.kind == "line":
             text = json.loads(text.lstrip("\ufeff"))[field] if text.strip() else ""
         text.encode()           # JSON can spell half a surrogate pair, UTF-8 cannot
         return text
-    except UnicodeError as e:
-        fault, error = "not UTF-8", e
-    except (ValueError, RecursionError) as e:
-        fault, error = "not JSON", e
-    except (KeyError, TypeError, AttributeError) as e:
-        fault, error = f'no text in "{field}"', e
-    if bad is None:
-        place = f"{record.path}, {record.kind} {record.at}"
-        raise DataError(f"{place}: {fault} ({error}); --skip_bad leaves it out") from None
-    bad[fault] += 1
-    return ""
 
 
 def texts(source, field="text"):
     """The texts of any source, for other uses than bins. Raises DataError."""
-    for file in find_files(source, Counter()):
-        for record in records(0, file, field):
+    for file in find_files(source)[0]:
+        for record in records(file, field):
             if text := text_of(record, field):
                 yield text
 
@@ -386,7 +358,7 @@ TEST_SETS = {       # name: {its files in a folder of test sets: (address, # a m
 }
 ITEM_FIELDS = {
     "lambada": dict(text=str),
-    "piqa": dict(goal=str, sol1=str, sol2=str, label=int),
+    "piqa": dict(goal=str, sol1=str, sol2=str),
     "hellaswag": dict(activity_label=str, ctx_a=str, ctx_b=str, endings=list, label=int),
 }
 
@@ -394,12 +366,9 @@ ITEM_FIELDS = {
 def test_files(name, folder=None):
     """Paths of a test set's files: in folder, or without one under data/raw/eval, where they are downloaded.
     Raises DataError."""
-    paths = []
-    for file, (address, sha256) in TEST_SETS[name].items():
-        if folder and not (Path(folder) / file).is_file():
-            raise DataError(f"{Path(folder) / file}: no such file for {name}; put {address} there")
-        paths.append(Path(folder) / file if folder else download(DOWNLOADS / "eval" / file, address, sha256))
-    return paths
+    if folder:
+        return [Path(folder) / file for file in TEST_SETS[name]]
+    return [download(DOWNLOADS / "eval" / file, *source) for file, source in TEST_SETS[name].items()]
 
 
 def test_items(name, folder=None):
@@ -417,13 +386,10 @@ def test_items(name, folder=None):
     if labels is not None and len(labels) != len(lines):
         raise DataError(f"{path}: {len(lines)} items, but {len(labels)} labels beside it")
     for number, line in enumerate(lines):
-        try:
-            item = json.loads(line) | (dict(label=int(labels[number])) if labels else {})
-            valid = all(isinstance(item[field], kind) for field, kind in ITEM_FIELDS[name].items())
-        except (ValueError, KeyError, TypeError):
-            valid = False
-        if not valid:
-            raise DataError(f"{path}, item {number + 1}: expected {', '.join(ITEM_FIELDS[name])} in it")
+        with one_line_errors(f"{path}, item {number + 1}"):
+            item = parse(line, ITEM_FIELDS[name])
+            if labels:
+                item["label"] = int(labels[number])
         yield item
 
 
@@ -445,13 +411,13 @@ def detokenise(page):
 
 def item_texts(name, item):
     """The texts that give a test item away: its context with each of its endings."""
-    if name == "lambada":
-        return [item["text"]]
     if name == "piqa":
         return [f"{item['goal']} {item['sol1']}", f"{item['goal']} {item['sol2']}"]
     if name == "hellaswag":         # without its markers such as [step]
         return [re.sub(r"\[.*?\]", "", f"{item['ctx_a']} {item['ctx_b']} {end}") for end in item["endings"]]
-    return [item["page"], detokenise(item["page"])]
+    if name == "wikitext2":
+        return [item["page"], detokenise(item["page"])]
+    return [item["text"]]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -471,7 +437,7 @@ MIX = np.uint64(0x9E3779B97F4A7C15)
 
 
 def split_words(text):
-    return (text if text.isascii() else SPACELESS.sub(r" \1 ", text)).split()
+    return (text if text.isascii() else SPACELESS.sub(r" \1 ", text)).split()      # faster than WORD.findall
 
 
 def without_punctuation(text):
@@ -488,9 +454,8 @@ class Grams:
     """
 
     def __init__(self, texts):
-        self.grams, self.lengths = {}, set()
+        self.grams, self.lengths, long_enough = {}, set(), {}
         self.heads = set()          # hashes of the first 8 words of the grams, for a cheap first look
-        long_enough = {}
         for item, text in texts:
             words = split_words(without_punctuation(text.lower()))
             n = min(MAX_WORDS, len(words))
@@ -524,17 +489,17 @@ def test_grams(names, folder=None):
     (name, its number from 0). Raises DataError."""
     def numbered():
         for name in names:
-            items = (item_texts(name, item) for item in test_items(name, folder)) if name in TEST_SETS \
-                else ([text] for text in texts(name))
+            known = name in TEST_SETS
+            items = test_items(name, folder) if known else ({"text": text} for text in texts(name))
             for number, item in enumerate(items):
-                yield from (((name, number), text) for text in item)
+                yield from (((name, number), text) for text in item_texts(name, item))
     return Grams(numbered())
 
 
 def cut_items(text, grams):
     """The passages of a text that are left without what it shares with test items and 200 characters on both
     sides. As for GPT-3's corpus, passages of under 200 characters go too, and all if there are over 10."""
-    found = grams.find(text)
+    found = grams.find(text) if grams.grams else []
     if not found:
         return [text]
     passages, at = [], 0
@@ -547,13 +512,14 @@ def cut_items(text, grams):
 
 # ---------------------------------------------------------------------------------------------
 # Map: a worker makes a part of each group of records. A part is a file NUMBER.npz: tokens, <|endoftext|> and
-# those of each row in turn; keys, one for each row; and counts, as JSON. A row is a document, or a piece of a
-# long one.
+# those of each row in turn; and keys, one for each row. A row is a document, or a piece of a long one.
 
 BINS, BANDS = 128, 16       # of a MinHash signature; a band is BINS / BANDS of them
-# begin: where a row's tokens begin in those of its part
-KEY = np.dtype([("source", "u4"), ("part", "u4"), ("begin", "i8"), ("tokens", "i8"), ("bytes", "i8"),
-                ("first", "?"), ("position", "f8"), ("exact", "V16"), ("bands", "u8", BANDS)])
+# cut: characters cut from the record that begins here. literal: whether it holds a literal <|endoftext|>.
+# bad: whether --skip_bad left it out. begin: where the row's tokens begin in those of its part, later of all.
+KEY = np.dtype([("source", "u4"), ("position", "f8"), ("first", "?"), ("cut", "i8"), ("literal", "?"),
+                ("bad", "?"), ("begin", "i8"), ("tokens", "i8"), ("bytes", "i8"), ("exact", "V16"),
+                ("bands", "u8", BANDS)])
 
 
 def compared(text):
@@ -593,43 +559,48 @@ def bands(texts):
     return hashes
 
 
-def make_part(path, number, group, options):
-    """Write part `number`, that of a group of records, to path.
+def make_part(path, group, options):
+    """Write the part of a group of records to path, unless it is there. Returns path.
 
     Each step is done for all rows before the next step begins. That is faster than row by row: code and
     tables stay in the processor's cache.
     """
+    if path.exists():
+        return path
     tokenizer = get_tokenizer(options["tokenizer"])
-    grams = test_grams(options["decontaminate"], options["eval_data"]) if options["decontaminate"] else None
-    counts, heads, rows = {}, [], []
+    grams = test_grams(options["decontaminate"], options["eval_data"])
+    rows, heads = [], []
     for record in group:
-        count, first = counts.setdefault(record.source, Counter()), record.first
-        text = text_of(record, options["field"], count if options["skip_bad"] else None)
+        text, bad = "", False
+        try:
+            text = text_of(record, options["field"])
+        except DataError as e:
+            if not options["skip_bad"]:
+                raise DataError(f"{e} (--field says where the text is; --skip_bad leaves it out)") from None
+            bad = True
         place = position(text.encode()) if record.position is None else record.position
-        passages = cut_items(text, grams) if grams else [text]
-        count["documents with test items"] += passages != [text]
-        count["characters cut"] += len(text) - sum(map(len, passages))
-        count[f"with a literal {EOT}; see --separator"] += record.kind == "text" and EOT in text
+        passages = cut_items(text, grams)
+        cut = len(text) - sum(map(len, passages))
+        head = (record.source, place, record.first, cut, record.kind == "text" and EOT in text, bad)
         for passage in passages or [""]:            # a row without tokens still begins a document
             rows.append(passage)
-            heads.append((record.source, place, first))
-            first = True
+            heads.append(head)
+            head = (record.source, place, True, 0, False, False)
     # a literal <|endoftext|> in a text stays plain text
     ids = [tokenizer.encode_to_numpy(row, allowed_special=set(), disallowed_special=()) for row in rows]
-    eot = np.array([tokenizer.eot_token], np.uint32)
-    tokens = np.concatenate([eot[:0], *(part for row in ids for part in (eot, row))]).astype("<u2")
+    tokens = np.concatenate([np.append(np.uint32(tokenizer.eot_token), row) for row in ids]).astype("<u2")
     keys = np.zeros(len(rows), KEY)
-    keys["source"], keys["position"], keys["first"] = zip(*heads)
-    keys["part"], keys["bytes"] = number, [len(row.encode()) for row in rows]
-    keys["tokens"] = [len(row) for row in ids]
+    keys[["source", "position", "first", "cut", "literal", "bad"]] = heads
+    keys["bytes"], keys["tokens"] = [len(row.encode()) for row in rows], [len(row) for row in ids]
     keys["begin"] = np.cumsum(keys["tokens"] + 1) - keys["tokens"]
     if not options["keep_duplicates"]:
         texts = [compared(row) for row in rows]
         keys["exact"] = [hashlib.blake2b(text, digest_size=16).digest() for text in texts]
         keys["bands"] = bands(texts)
     buffer = io.BytesIO()
-    np.savez(buffer, tokens=tokens, keys=keys, counts=json.dumps(counts))
+    np.savez(buffer, tokens=tokens, keys=keys)
     write_whole(path, buffer.getvalue())
+    return path
 
 
 def start_worker():
@@ -645,24 +616,18 @@ def in_order(function, tasks, workers):
         return
     pending = deque()
     with ProcessPoolExecutor(workers, initializer=start_worker) as pool:
-        try:
-            for task in tasks:
-                pending.append(pool.submit(function, *task))
-                if len(pending) > 2 * workers:
-                    yield pending.popleft().result()
-            while pending:
+        for task in tasks:
+            pending.append(pool.submit(function, *task))
+            if len(pending) > 2 * workers:
                 yield pending.popleft().result()
-        except BrokenProcessPool:
-            raise DataError("a worker was killed, perhaps out of memory; try fewer --workers") from None
-        finally:
-            pool.shutdown(cancel_futures=True)
+        yield from (future.result() for future in pending)
 
 
 def groups(files, options, bar):
     """Lists of records with some GROUP bytes in all. They depend on the input and the options alone."""
     group, size = [], 0
-    for source, file in files:
-        for record in records(source, file, options["field"], options["separator"], bar):
+    for file in files:
+        for record in records(file, options["field"], options["separator"], bar):
             group.append(record)
             size += len(record.data or "")
             if size >= GROUP:
@@ -673,131 +638,114 @@ def groups(files, options, bar):
 
 
 def make_parts(files, work, options, workers, bar):
-    """Make the parts that are not in the folder work yet. Returns the paths of all, in order, and the keys of
-    all rows, (n,) of KEY, mapped from a file."""
-    parts = []
-
-    def missing():
-        for group in groups(files, options, bar):
-            parts.append(work / f"{len(parts):08}.npz")
-            if not parts[-1].exists():
-                yield parts[-1], len(parts) - 1, group, options
-
-    for _ in in_order(make_part, missing(), workers):
-        pass
+    """Make the parts that are not in the folder work yet, and put the tokens of all into work/tokens. Returns
+    the keys of all rows, (n,) of KEY, mapped from a file. Raises DataError where there is no text."""
+    tasks = ((work / f"{number:08}.npz", group, options)
+             for number, group in enumerate(groups(files, options, bar)))
+    parts, n_tokens = list(in_order(make_part, tasks, workers)), 0
     work.mkdir(parents=True, exist_ok=True)
-    with open(work / "keys", "wb") as f:
+    with open(work / "tokens", "wb") as all_tokens, open(work / "keys", "wb") as all_keys:
         for part in parts:
-            np.load(part)["keys"].tofile(f)
-    return parts, np.memmap(work / "keys", KEY, "r") if parts else np.empty(0, KEY)
+            tokens, keys = np.load(part).values()
+            keys["begin"] += all_tokens.tell() // 2
+            n_tokens += keys["tokens"].sum()
+            tokens.tofile(all_tokens)
+            keys.tofile(all_keys)
+    if not n_tokens:
+        raise DataError("no text in any of the sources")
+    return np.memmap(work / "keys", KEY, "r")
 
 
 # ---------------------------------------------------------------------------------------------
 # Decide: which rows stay, and on which side
 
 SIMILAR = 0.8       # Jaccard similarity of 5-grams from which a document repeats another
-TRAIN, VAL, LEFT_OUT = 0, 1, -1
-
-
-@functools.lru_cache(4)
-def tokens_of(part):
-    return np.load(part)["tokens"]
 
 
 @functools.lru_cache(2**10)
-def row_shingles(part, begin, n, tokenizer):
+def row_shingles(tokens_path, begin, n, tokenizer):
     """The different 5-grams of a row, hashed and sorted."""
-    text = get_tokenizer(tokenizer).decode(tokens_of(part)[begin:begin + n].tolist())
-    return np.unique(shingles(compared(text)))
+    tokens = np.fromfile(tokens_path, "<u2", n, offset=2 * begin)
+    return np.unique(shingles(compared(get_tokenizer(tokenizer).decode(tokens.tolist()))))
 
 
-def are_similar(parts, pairs, tokenizer):
+def are_similar(tokens_path, pairs, tokenizer):
     """Whether pairs of rows have a Jaccard similarity of SIMILAR or more. pairs: (n, 2) of KEY."""
     answers = []
     for pair in pairs:
-        a, b = (row_shingles(parts[row["part"]], row["begin"], row["tokens"], tokenizer) for row in pair)
+        a, b = (row_shingles(tokens_path, row["begin"], row["tokens"], tokenizer) for row in pair)
         both = len(np.intersect1d(a, b, assume_unique=True))
         answers.append(both >= SIMILAR * (len(a) + len(b) - both))
     return answers
 
 
-def find_duplicates(keys, parts, tokenizer, workers):
-    """Numbers of the rows that repeat an earlier one that stays, exactly or nearly.
+def find_duplicates(tokens_path, keys, tokenizer, workers):
+    """Which rows repeat an earlier one that stays, exactly or nearly: (n,) bool.
 
     Rows of corpora with their own split come first and stay, whatever they repeat. A row is compared, by all
     its 5-grams, with the first row of each of its bands: time is linear, and no row goes by accident.
     """
-    own = (keys["position"] < 0) | (keys["position"] >= 1)
-    order = np.argsort(~own, kind="stable")
-    _, first = np.unique(keys["exact"][order], return_index=True)
-    stays = own[order]
-    stays[first] = True
-    gone = set(order[~stays].tolist())
-    order = order[stays & (keys["tokens"][order] > 0)]
+    own, repeats = (keys["position"] < 0) | (keys["position"] >= 1), np.zeros(len(keys), bool)
+    rows = np.argsort(~own, kind="stable")
+    rows = rows[keys["tokens"][rows] > 0]
+    _, first = np.unique(keys["exact"][rows], return_index=True)
+    repeats[np.delete(rows, first)] = True
+    repeats[own] = False
+    rows = rows[np.sort(first)]
 
-    pairs = []                  # in places of `order`: a row, and the first that shares a band with it
+    pairs = []                  # a row, and the first that shares a band with it
     for band in range(BANDS):
-        values = keys["bands"][:, band][order]
-        _, first, inverse = np.unique(values, return_index=True, return_inverse=True)
-        places = np.flatnonzero((first[inverse] != np.arange(len(order))) & ~own[order])
-        pairs.append(np.stack([places, first[inverse[places]]], axis=1))
-    pairs = order[np.unique(np.concatenate(pairs), axis=0)]                 # (pairs, 2)
+        _, first, inverse = np.unique(keys["bands"][:, band][rows], return_index=True, return_inverse=True)
+        leaders = rows[first[inverse]]
+        pairs.append(np.stack([rows, leaders], axis=1)[(rows != leaders) & ~own[rows]])
+    pairs = np.unique(np.concatenate(pairs), axis=0)                # (pairs, 2)
 
-    tasks = [(parts, keys[pairs[at:at + 500]], tokenizer) for at in range(0, len(pairs), 500)]
+    tasks = [(tokens_path, keys[pairs[at:at + 500]], tokenizer) for at in range(0, len(pairs), 500)]
     answers = in_order(are_similar, tasks, min(workers, len(tasks) or 1))
     answers = tqdm(answers, desc="comparing", total=len(tasks), delay=3, leave=False)
     similar = np.concatenate([np.zeros(0, bool), *answers])
-    for row, leader in pairs[similar].tolist():         # in order, so what became of its leader is known
-        if leader not in gone:
-            gone.add(row)
-    return sorted(gone)
+    for row, leader in pairs[similar].tolist():          # in order, so what became of its leader is known
+        repeats[row] |= not repeats[leader]
+    return repeats
 
 
-def decide(keys, repeats, val_fraction):
-    """The side of each row, TRAIN, VAL or LEFT_OUT: (n,) int8."""
-    positions, stays = keys["position"], keys["tokens"] > 0
-    stays[repeats] = False
-    if not stays.any():
-        return np.full(len(keys), LEFT_OUT)
+def decide(positions, stays, val_fraction):
+    """Which of the rows that stay are for training, and which for validation: masks (n,), as stays is."""
     # of a small corpus, at least the lowest position is for validation and the highest for training
     limit = min(max(val_fraction, np.nextafter(positions[stays].min(), 3)), positions[stays].max())
-    return np.where(stays, np.where(positions < limit, VAL, TRAIN), LEFT_OUT).astype(np.int8)
+    return stays & (positions >= limit), stays & (positions < limit)
 
 
 # ---------------------------------------------------------------------------------------------
 # Write: the bins, part after part
 
 
-def write_bins(work, parts, keys, sides, eot):
-    """Write work/train.bin and work/val.bin."""
-    documents, separate = np.cumsum(keys["first"]), np.zeros(len(keys), bool)
-    for side in TRAIN, VAL:
-        rows = np.flatnonzero(sides == side)
-        # between two documents stays the <|endoftext|> that every row begins with
-        separate[rows[1:]] = np.diff(documents[rows]) > 0
-    begins = np.searchsorted(keys["part"], range(len(parts) + 1))
-    with open(work / "train.bin", "wb") as train, open(work / "val.bin", "wb") as val:
-        for number, part in enumerate(tqdm(parts, desc="writing", unit="part", delay=3, leave=False)):
-            rows = slice(*begins[number:number + 2])
-            for side, file in (TRAIN, train), (VAL, val):
-                mask = np.repeat(sides[rows] == side, keys["tokens"][rows] + 1)
-                mask[keys["begin"][rows] - 1] &= separate[rows]
-                tokens_of(part)[mask].tofile(file)
-        for side, file in (TRAIN, train), (VAL, val):
-            np.full(int((sides == side).any()), eot, "<u2").tofile(file)
+def write_bin(path, tokens_path, keys, chosen):
+    """Write the chosen rows, a mask (n,), to a bin."""
+    rows = np.flatnonzero(chosen)
+    begins = keys["begin"][rows]
+    ends = begins + keys["tokens"][rows]
+    # the <|endoftext|> before a row separates it from another document; that of the first goes to the end
+    begins[1:] -= np.diff(np.cumsum(keys["first"])[rows]) > 0
+    with open(tokens_path, "rb", buffering=2**20) as tokens, open(path, "wb") as f:
+        for begin, end in tqdm(zip(begins, ends), desc=path.name, total=len(rows), delay=3, leave=False):
+            tokens.seek(2 * begin)          # not mapped, which would count as this process's memory
+            f.write(tokens.read(2 * (end - begin)))
+        tokens.seek(0)
+        f.write(tokens.read(2 * min(1, len(rows))))
 
 
-def count_sources(parts, keys, sides, n_sources):
-    """What became of each source: a Counter each."""
-    stays = sides != LEFT_OUT
-    values = dict(documents=keys["first"] & stays, bytes=keys["bytes"] * stays, tokens=keys["tokens"] * stays,
-                  duplicates=keys["first"] & ~stays & (keys["tokens"] > 0))
+def count_sources(keys, stays, n_sources):
+    """What became of each source: a dict each."""
+    values = {
+        "documents": keys["first"] & stays, "bytes": keys["bytes"] * stays, "tokens": keys["tokens"] * stays,
+        "duplicates": keys["first"] & ~stays & (keys["tokens"] > 0),
+        "documents with test items": keys["cut"] > 0, "characters cut": keys["cut"],
+        f"with a literal {EOT}; see --separator": keys["literal"]}
+    if keys["bad"].any():
+        values["left out by --skip_bad"] = keys["bad"]
     sums = {name: np.bincount(keys["source"], value, n_sources) for name, value in values.items()}
-    counts = [Counter({name: int(total[k]) for name, total in sums.items()}) for k in range(n_sources)]
-    for part in parts:          # and what its workers counted
-        for k, count in json.loads(np.load(part)["counts"].item()).items():
-            counts[int(k)].update(count)
-    return counts
+    return [{name: int(total[k]) for name, total in sums.items()} for k in range(n_sources)]
 
 
 def halve(train_bin, val_bin, val_fraction, encoding):
@@ -805,8 +753,8 @@ def halve(train_bin, val_bin, val_fraction, encoding):
     tokens = np.memmap(train_bin, "<u2", "r")
     target = int((1 - val_fraction) * (len(tokens) - 1))
     near = max(0, target - 2**22)
-    last_bytes = [encoding.decode_single_token_bytes(token)[-1:] for token in range(encoding.n_vocab)]
-    ends_line = np.array([last == b"\n" for last in last_bytes])
+    vocabulary = map(encoding.decode_single_token_bytes, range(encoding.n_vocab))
+    ends_line = np.array([token.endswith(b"\n") for token in vocabulary])
     after = near + 1 + np.flatnonzero(ends_line[tokens[near:target]])
     cut = int(after[-1]) if len(after) else target
     tokens[cut:].tofile(val_bin)
@@ -839,11 +787,10 @@ def lock(path):
     with open(path, "a") as f:
         try:
             fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            held = os.path.samestat(os.fstat(f.fileno()), os.stat(path))    # unless just removed
+            if not os.path.samestat(os.fstat(f.fileno()), os.stat(path)):
+                raise OSError("removed just now by the process that held it")
         except OSError:
-            held = False
-        if not held:
-            raise DataError(f"{path}: another process is at work here; wait for it to end")
+            raise DataError(f"{path}: another process is at work here; wait for it to end") from None
         try:
             yield
         finally:
@@ -854,9 +801,9 @@ def prepare(sources, out, tokenizer="gpt2", val_fraction=0.05, *, field="text", 
             keep_duplicates=False, decontaminate=(), eval_data=None, workers=1):
     """Turn sources into out/train.bin, out/val.bin and out/meta.json. Returns meta as a dict.
 
-    Parts are made in out/prepare.work, in a folder named by a hash of all that shapes them, so the same
-    call goes on where it was killed and never mixes in other work. The bins get their names when both are
-    whole, meta.json last. Raises DataError; an earlier run's bins in out are then as they were.
+    Parts are made in out/prepare.work, in a folder named by a hash of all that shapes them, so the same call
+    goes on where it was killed and never mixes in other work. The bins get their names when both are whole,
+    meta.json last. Raises DataError; an earlier run's bins in out are then as they were.
     """
     out, encoding = Path(out), get_tokenizer(tokenizer)
     for path in [*bins_of(out, "train"), *bins_of(out, "val")]:
@@ -864,39 +811,40 @@ def prepare(sources, out, tokenizer="gpt2", val_fraction=0.05, *, field="text", 
             raise DataError(f"{path}: would be read beside the new bins; move it, or choose another --out")
     options = dict(tokenizer=tokenizer, field=field, separator=separator, skip_bad=skip_bad,
                    keep_duplicates=keep_duplicates, decontaminate=tuple(decontaminate), eval_data=eval_data)
-    passed_over = [Counter() for _ in sources]
-    files = [(k, file) for k, source in enumerate(sources) for file in find_files(source, passed_over[k])]
-    infos = [file.fs.info(file.path) for _, file in files]
-    grams = test_grams(options["decontaminate"], eval_data) if decontaminate else None
+    files, passed_over = [], []
+    for k, source in enumerate(sources):
+        found, passed = find_files(source)
+        files += [file._replace(source=k) for file in found]
+        passed_over.append(passed)
+    infos = [file.fs.info(file.path) for file in files]
+    size = sum(info.get("size") or 0 for info in infos)
+    grams = test_grams(options["decontaminate"], eval_data)
     # everything that shapes the parts: this program, the options, the input, the test items
     shape = [VERSION, PIECE, GROUP, unicodedata.unidata_version, options | dict(skip_bad=None), infos,
-             [(k, file.path, file.kind) for k, file in files], sorted(grams.grams) if grams else None]
-    strict = out / "prepare.work" / hashlib.sha256(repr(shape).encode()).hexdigest()[:16]
-    work = strict.with_suffix(".skip_bad") if skip_bad else strict
-    size = sum(info.get("size") or 0 for info in infos)
+             [(file.source, file.path, file.kind) for file in files], sorted(grams.grams)]
+    work = out / "prepare.work" / hashlib.sha256(repr(shape).encode()).hexdigest()[:16]
 
     with lock(out / "prepare.lock"), tqdm(total=size, unit="B", unit_scale=True, desc=str(out)) as bar:
-        if skip_bad and strict.exists():            # no part there has text to skip
-            os.replace(strict, work)
         for stale in set(work.parent.glob("*")) - {work}:
             shutil.rmtree(stale)
-        parts, keys = make_parts(files, work, options, workers, bar)
-        repeats = [] if keep_duplicates else find_duplicates(keys, parts, tokenizer, workers)
-        sides = decide(keys, repeats, val_fraction)
-        if (sides == LEFT_OUT).all():
-            shutil.rmtree(work.parent)
-            raise DataError(f"{', '.join(sources)}: no text in it")
-        write_bins(work, parts, keys, sides, encoding.eot_token)
+        keys = make_parts(files, work, options, workers, bar)
+        if keys["bad"].any() and not skip_bad:
+            raise DataError(f"{work}: made with --skip_bad, which left text out; give it again, or remove it")
+        stays = keys["tokens"] > 0
+        if not keep_duplicates:
+            stays &= ~find_duplicates(work / "tokens", keys, tokenizer, workers)
         bins = {side: work / f"{side}.bin" for side in ("train", "val")}
-        if not (sides == VAL).any():                # a single document, or equal ones
+        for path, chosen in zip(bins.values(), decide(keys["position"], stays, val_fraction)):
+            write_bin(path, work / "tokens", keys, chosen)
+        if bins["val"].stat().st_size == 0:         # a single document, or equal ones
             halve(*bins.values(), val_fraction, encoding)
         splits = {side: count_bin(path, encoding) for side, path in bins.items()}
-        counts = count_sources(parts, keys, sides, len(sources))
+        counts = count_sources(keys, stays, len(sources))
         meta = dict(tokenizer=tokenizer, vocab_size=encoding.n_vocab, splits=splits,
                     sources=[dict(source=name, **count, passed_over=dict(passed))
                              for name, count, passed in zip(sources, counts, passed_over)],
                     options=options | dict(val_fraction=val_fraction),
-                    items_too_short=grams.too_short if grams else 0)
+                    items_too_short=grams.too_short)
         for side, path in bins.items():
             os.replace(path, out / f"{side}.bin")
         write_whole(out / "meta.json", json.dumps(meta, indent=2))
@@ -918,32 +866,26 @@ def bins_of(folder, side):
 def read_meta(folder):
     """The meta.json of a folder. Without one its bins count as GPT-2 tokens, as nanoGPT's are."""
     path = Path(folder) / "meta.json"
-    try:
-        meta = json.loads(path.read_text())
-    except FileNotFoundError:
-        if path.with_suffix(".pkl").exists():
-            raise DataError(f"{path.with_suffix('.pkl')}: nanoGPT's tokens of characters, which nothing here "
-                            "reads; prepare the text with --tokenizer bytes") from None
-        print(f"{folder}: no meta.json there, so its bins are read as GPT-2 tokens")
-        return dict(tokenizer="gpt2", vocab_size=50257, splits={})
-    except ValueError:
-        meta = None
-    expected = dict(tokenizer=str, vocab_size=int, splits=dict)
-    if isinstance(meta, dict) and all(isinstance(meta.get(key), kind) for key, kind in expected.items()):
-        return meta
-    raise DataError(f"{path}: expected {', '.join(expected)} as prepare.py writes them; make the bins again")
+    if path.exists():
+        with one_line_errors(f"{path}: make the bins again"):
+            return parse(path.read_text(), dict(tokenizer=str, vocab_size=int, splits=dict))
+    if path.with_suffix(".pkl").exists():
+        raise DataError(f"{path.with_suffix('.pkl')}: nanoGPT's tokens of characters, which nothing here "
+                        "reads; prepare the text with --tokenizer bytes")
+    print(f"{folder}: no meta.json there, so its bins are read as GPT-2 tokens")
+    return dict(tokenizer="gpt2", vocab_size=50257, splits={})
 
 
 def open_bin(path, vocab_size=None, meta=None):
     """(tokens, meta) of a bin: tokens a read-only memory map (n,) of uint16; meta the meta.json beside it.
 
-    Checks the size, and a sample of the tokens against vocab_size (default: meta's); --verify checks every
-    byte. meta["splits"][path.stem]["sha256"] identifies the bin: the one of meta.json, or else one of size
-    and sample. Raises DataError.
+    Checks the size, and a sample of the tokens against vocab_size (default: meta's); --verify checks all.
+    meta["splits"][path.stem]["sha256"] identifies the bin: meta.json's, or one of size and sample. Raises
+    DataError.
     """
     path = Path(path)
     if not path.is_file():
-        raise NoBin(f"{path}: no such bin; make it with prepare.py --out {path.parent}")
+        raise DataError(f"{path}: no such bin; make it with prepare.py --out {path.parent}")
     meta = meta or read_meta(path.parent)
     counts = meta["splits"].setdefault(path.stem, {})
     size = path.stat().st_size
@@ -989,7 +931,7 @@ def open_data(data, side, vocab_size=None):
 def verify(folder):
     """Check every byte of a folder's bins, and print a line for each. Raises DataError."""
     meta = read_meta(folder)
-    recorded = {name: dict(counts) for name, counts in meta["splits"].items()}
+    recorded = dict(meta["splits"])         # open_bin adds what is not there
     for path in sorted({*bins_of(folder, "train"), *bins_of(folder, "val"),
                         *(Path(folder) / f"{name}.bin" for name in recorded)}):
         open_bin(path, meta=meta)
@@ -1013,10 +955,6 @@ class Parser(argparse.ArgumentParser):
             stream.reconfigure(errors="backslashreplace")
 
     def error(self, message):
-        if message.startswith("unrecognized arguments: "):
-            word = message.split()[2].partition("=")[0]
-            near = difflib.get_close_matches(word, self._option_string_actions, n=1)
-            message = f"unknown argument {word}" + (f", did you mean {near[0]}?" if near else "; see --help")
         self.exit(1, f"{self.prog}: {message}\n")
 
 
@@ -1037,35 +975,28 @@ def print_report(meta, out):
 def main(argv):
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("sources", nargs="*", metavar="SOURCE", help="a corpus, a file, a folder, a pattern, a URL")
+    add("sources", nargs="*", metavar="SOURCE", help=f"file, folder, pattern, URL, or {', '.join(CORPORA)}")
     add("--out", metavar="DIR", help="where the bins go, e.g. data/mine")
-    add("--list", action="store_true", help="print the corpora that have a name")
     add("--verify", metavar="DIR", help="check every byte of the bins there")
     add("--tokenizer", default="gpt2", help="gpt2 (default) or bytes")
     add("--val_fraction", type=float, default=0.05, help="share of documents for validation (default 0.05)")
     add("--field", default="text", help="of JSON lines or parquet rows (default text)")
     add("--separator", default="", metavar="S", help="what stands between the documents of a text file")
     add("--keep_duplicates", action="store_true", help="leave repeated documents in")
-    add("--decontaminate", metavar="LIST", default="",
+    add("--decontaminate", metavar="LIST", default=[], type=lambda names: names.split(","),
         help=f"cut what is also in {','.join(TEST_SETS)} or any file; names with commas between")
     add("--eval_data", metavar="DIR", help="folder of the test sets; default: downloaded once")
     add("--skip_bad", action="store_true", help="leave out and count what is not UTF-8, JSON or text")
     add("--workers", type=int, default=os.cpu_count(), metavar="N", help="processes (default: one a core)")
     args = vars(parser.parse_args(argv))
     folder = args.pop("verify")
-    if args.pop("list"):
-        for name, place in CORPORA.items():
-            print(f"{name:16} {place if isinstance(place, str) else place[0][0]}")
-    elif folder:
+    if folder:
         verify(folder)
     elif not args["sources"] or not args["out"]:
-        parser.error("expected a SOURCE and --out DIR; --list names corpora")
-    elif not 0 < args["val_fraction"] < 1:
-        parser.error(f"--val_fraction={args['val_fraction']}: expected a number between 0 and 1")
-    elif args["workers"] < 1:
-        parser.error(f"--workers={args['workers']}: expected at least 1")
+        parser.error("expected a SOURCE and --out DIR; see --help")
+    elif not 0 < args["val_fraction"] < 1 or args["workers"] < 1:
+        parser.error("expected --val_fraction between 0 and 1, and --workers of 1 or more")
     else:
-        args["decontaminate"] = [name for name in args["decontaminate"].split(",") if name]
         print_report(prepare(**args), args["out"])
 
 
@@ -1074,5 +1005,7 @@ if __name__ == "__main__":
         main(sys.argv[1:])
     except KeyboardInterrupt:
         sys.exit("prepare.py: stopped; the same command goes on where it was")
+    except BrokenProcessPool:
+        sys.exit("prepare.py: a worker was killed, perhaps out of memory; try fewer --workers")
     except (DataError, OSError) as e:
         sys.exit(f"prepare.py: {e}")

@@ -6,7 +6,7 @@
     python logs/context-length/run.py
 
 BOOKS: any English, in files of {"text": ...} a line; here 233 books of Project Gutenberg and the State of the
-Union addresses. pg19 of prepare.py --list is of the same kind.
+Union addresses. pg19 of prepare.py is of the same kind.
 """
 import math
 import sys

@@ -21,7 +21,7 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -138,10 +138,10 @@ def main():
         path = args.text or f"{folder}/packages.jsonl"
         if not args.text:
             with open(path, "w") as f:
-                for file in p.find_files(f"{sysconfig.get_paths()['purelib']}/**/*.py"):
-                    for record in p.records(0, file):
-                        if text := p.text_of(record, bad=Counter()):
-                            f.write(json.dumps({"text": text}) + "\n")
+                for file in p.find_files(f"{sysconfig.get_paths()['purelib']}/**/*.py")[0]:
+                    for record in p.records(file):
+                        with suppress(p.DataError):         # a few are not UTF-8
+                            f.write(json.dumps({"text": p.text_of(record)}) + "\n")
         size = sum(len(text.encode()) for text in p.texts(path))
         tokens, seconds, shares = {}, {row: [] for row in ROWS}, {row: [] for row in ROWS}
         for _ in range(args.rounds):
