@@ -717,7 +717,7 @@ def decide(positions, stays, val_fraction):
 
 
 # ---------------------------------------------------------------------------------------------
-# Write: the bins, part after part
+# Write: the bins, row after row
 
 
 def write_bin(path, tokens_path, keys, chosen):
@@ -983,7 +983,7 @@ def main(argv):
     add("--field", default="text", help="of JSON lines or parquet rows (default text)")
     add("--separator", default="", metavar="S", help="what stands between the documents of a text file")
     add("--keep_duplicates", action="store_true", help="leave repeated documents in")
-    add("--decontaminate", metavar="LIST", default=[], type=lambda names: names.split(","),
+    add("--decontaminate", metavar="LIST", default="",
         help=f"cut what is also in {','.join(TEST_SETS)} or any file; names with commas between")
     add("--eval_data", metavar="DIR", help="folder of the test sets; default: downloaded once")
     add("--skip_bad", action="store_true", help="leave out and count what is not UTF-8, JSON or text")
@@ -997,6 +997,7 @@ def main(argv):
     elif not 0 < args["val_fraction"] < 1 or args["workers"] < 1:
         parser.error("expected --val_fraction between 0 and 1, and --workers of 1 or more")
     else:
+        args["decontaminate"] = [name for name in args["decontaminate"].split(",") if name]
         print_report(prepare(**args), args["out"])
 
 

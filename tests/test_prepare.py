@@ -641,6 +641,14 @@ def test_bad_words(words, named, tmp_path, refused):
     assert named in refused("prepare.py", *words, "--out", "out", cwd=tmp_path)
 
 
+def test_no_name_to_decontaminate_is_no_test_item(tmp_path, run):
+    """An empty name is not the folder at hand."""
+    write_lines(tmp_path / "a.jsonl", [sentences(i, 50) for i in range(3)])
+    for words in ("", "a.jsonl,"):
+        result = run("prepare.py", "a.jsonl", "--out=out", "--tokenizer=bytes", f"--decontaminate={words}", cwd=tmp_path)
+        assert (result.returncode == 0) == (words == ""), result.stderr
+
+
 def test_a_console_that_cannot_print_a_name(tmp_path):
     (tmp_path / "é.txt").write_text(sentences(1, 50))
     for name in ("é.txt", "ü.txt"):
