@@ -36,7 +36,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from model import ModelError, load
-from prepare import (TEST_SETS, DataError, Parser, count_words, detokenise, get_tokenizer, open_bin,
+from prepare import (TEST_SETS, DataError, NoBin, Parser, count_words, detokenise, get_tokenizer, open_bin,
                      open_data, sha256_of, test_files, test_grams, test_items, texts, token_bytes,
                      write_whole)
 
@@ -316,7 +316,7 @@ def make_plan(args):
             elif data != "none":
                 sources, of_bins = open_data(data, "val", config.vocab_size)
                 own = {folder: np.concatenate(bins) for folder, bins in sources.items()}
-        except DataError as e:
+        except NoBin as e:
             if args.data:
                 raise
             print(f"eval.py: {name}: its own data is left out: {e}; --data names other", file=sys.stderr)

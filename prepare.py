@@ -55,6 +55,10 @@ class DataError(ValueError):
     """Data or a source that cannot be used. The message is one line for the user."""
 
 
+class NoBin(DataError):
+    """There is no such bin, rather than a damaged one."""
+
+
 # ---------------------------------------------------------------------------------------------
 # Tokenizers: both are tiktoken encodings, byte-level and lossless
 
@@ -885,7 +889,7 @@ def open_bin(path, vocab_size=None, meta=None):
     """
     path = Path(path)
     if not path.is_file():
-        raise DataError(f"{path}: no such bin; make it with prepare.py --out {path.parent}")
+        raise NoBin(f"{path}: no such bin; make it with prepare.py --out {path.parent}")
     meta = meta or read_meta(path.parent)
     counts = meta["splits"].setdefault(path.stem, {})
     size = path.stat().st_size

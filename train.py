@@ -30,7 +30,7 @@ import signal
 import subprocess
 import time
 import timeit
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from typing import Literal, get_args
@@ -390,6 +390,15 @@ def memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+@contextmanager
+def writing(path):
+    """A full disk ends the run in one line that names the file, as in atomic_save."""
+    try:
+        yield
+    except OSError as e:
+        raise OSError(f"{path}: not written ({e}); the same command goes on") from None
+
+
 def environment(device):
     """What a run ran on. The commit has a + where files differ from it."""
     git = "git describe --always --dirty=+ --exclude='*' --abbrev=12"
@@ -421,12 +430,14 @@ class Log:
             self.wandb.define_metric("*", step_metric="tokens")
             records[0]["wandb"] = self.wandb.id
         self.file = open(os.devnull if RANK else path, "w", buffering=1)        # each line at once
-        self.file.writelines(json.dumps(record) + "\n" for record in records)
+        with writing(path):
+            self.file.writelines(json.dumps(record) + "\n" for record in records)
 
     def write(self, **record):
         print0("   ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items()))
         self.records.append(record)
-        self.file.write(json.dumps(record) + "\n")
+        with writing(self.file.name):
+            self.file.write(json.dumps(record) + "\n")
         if self.wandb:
             self.wandb.log(record)
 
@@ -440,7 +451,8 @@ class Log:
             axes.plot(*np.array(points).reshape(-1, 2).T, style, label=label, lw=1, ms=3)
         axes.set(xlabel="tokens seen", ylabel="perplexity per token", yscale="log", title=path)
         axes.legend()
-        figure.savefig(path, dpi=120)
+        with writing(path):
+            figure.savefig(path, dpi=120)
 
 
 # ---- The plan

@@ -568,6 +568,14 @@ def test_nothing_trained_is_overwritten_unasked(workspace, train, refused, monke
     assert state_of(out)["config"]["seed"] == 3 and state_of(out)["progress"]["step"] == 0
 
 
+@pytest.mark.parametrize("name", ["tiny.jsonl", "tiny.png"])
+def test_a_full_disk_is_one_line_that_names_the_file(name, workspace, refused):
+    (workspace / "full").mkdir()
+    (workspace / "full" / name).symlink_to("/dev/full")
+    line = refused("train.py", "configs/tiny.py", "--max_steps=2", "--out_dir=full", cwd=workspace)
+    assert f"full/{name}" in line
+
+
 def test_a_damaged_log_comes_back_whole(workspace, train, monkeypatch):
     log = workspace / "out/tiny.jsonl"
     monkeypatch.setattr(time, "perf_counter", lambda: 1.0)      # a clock that stands still does no harm
