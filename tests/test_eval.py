@@ -158,6 +158,16 @@ def test_the_space_before_an_answer_is_no_character(monkeypatch):
     assert (columns["correct"].tolist(), columns["correct_norm"].tolist()) == ([False], [True])
 
 
+def test_own_data_that_is_damaged_stops(place, scored):
+    """Only data that is not there is left out."""
+    model, meta = m.load(str(place[0] / "out/b.pt"))
+    (place[0] / "data/odd").mkdir()
+    (place[0] / "data/odd/val.bin").write_bytes(b"odd")
+    m.save(str(place[0] / "out/odd.pt"), model, **meta | dict(data="data/odd"))
+    with pytest.raises(DataError, match="data/odd/val.bin"):
+        scored("--tasks", "none", ckpt=("out/a.pt", "out/odd.pt"))
+
+
 def test_several_checkpoints_with_their_ancestors_cost(scored):
     report, printed, noted = scored("--tasks", "lambada,piqa", "hellaswag", "--limit", 2, "--block_size", 48,
                                     ckpt=("out/a.pt", "out/b.pt"))
