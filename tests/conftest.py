@@ -12,6 +12,15 @@ if "PYTEST_XDIST_WORKER" in os.environ:     # python -m pytest -n auto: a core e
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+def gpt2():
+    """GPT-2's tokenizer; without a network or a copy of its vocabulary, the test is skipped."""
+    import prepare
+    try:
+        return prepare.get_tokenizer("gpt2")
+    except prepare.DataError:
+        pytest.skip("GPT-2's vocabulary is not at hand")
+
+
 @pytest.fixture
 def run():
     """run("train.py", "configs/x.py", cwd=...) -> CompletedProcess with text output."""

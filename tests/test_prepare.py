@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import requests
 import tiktoken
-from conftest import ROOT, write_corpus
+from conftest import ROOT, gpt2, write_corpus
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -59,13 +59,6 @@ def sentences(seed, n):
     """n words of text that repeats nothing by accident."""
     words = random.Random(seed)
     return " ".join("".join(words.choices("abcdefghijklmnopqrstuvwxyz", k=words.randint(3, 9))) for _ in range(n))
-
-
-def gpt2():
-    try:
-        return get_tokenizer("gpt2")
-    except DataError:
-        pytest.skip("GPT-2's vocabulary is not at hand")
 
 
 # ---- bins
