@@ -75,7 +75,7 @@ class Config:
     wandb: str = ""                     # also log to this Weights & Biases project
     seed: int = 1337
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"      # auto: the first of these that is here
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"   # by autocast; auto: bf16 where there are units for it
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"   # by autocast; auto: by its units
     compile: bool | None = None         # torch.compile; None: on CUDA only
     checkpoint: bool = False            # recompute layers in the backward: far less memory, a third more work
     zero: bool = False                  # share the optimizer's state over the processes (ZeRO stage 1)
