@@ -44,7 +44,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import ConcatDataset
 
 from model import GPT, GPTConfig, ModelError, atomic_save, load, load_pickle, save
-from prepare import DataError, count_words, get_tokenizer, lock, open_data, token_bytes
+from prepare import DataError, NoBin, count_words, get_tokenizer, lock, open_data, token_bytes
 
 RANK, LOCAL_RANK = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))     # by torchrun
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
@@ -474,10 +474,14 @@ def memory_by_part(model, config, micro, gpus):
 
 
 def plan(config, name):
-    """Print what a run with GPT-2's vocabulary would take on config.plan GPUs; needs neither data nor GPU."""
+    """Print what a run would take on config.plan GPUs; nothing is trained and no data is needed."""
+    try:
+        vocab_size = open_data(config.data, "val")[1]["vocab_size"]
+    except NoBin:
+        vocab_size = 50257
     gpus, micro, tokens = config.plan, config.micro_batch_size, config.batch_size * config.block_size
     with torch.device("meta"):
-        model = GPT(config.gpt_config())
+        model = GPT(config.gpt_config(vocab_size))
     steps = config.max_steps or math.ceil((config.max_tokens or tokens) / tokens)
     flops = steps * tokens * model.flops_per_token(config.block_size)
     print(f"{name} on {gpus} GPUs: {model.num_params() / 1e6:,.1f}M parameters, {steps:,} steps of "

@@ -3,6 +3,7 @@ import functools
 import json
 import math
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -429,6 +430,13 @@ def test_the_plan_needs_no_gpu_and_no_data(tmp_path, monkeypatch, capsys):
     assert "1,096.6M parameters" in out and "19,074 steps" in out and "10.0B in all" in out
     assert "| weights and gradients, fp32 | 8.8 |" in out and "| adamw state | 1.1 |" in out
     assert not list(tmp_path.iterdir())
+
+
+def test_the_plan_is_of_the_model_that_is_trained(workspace, train):
+    """Its vocabulary is that of the data, where there is data."""
+    words = "--n_embd=256", "--max_steps=1"
+    sizes = [re.search(r"([\d.]+)M parameters", train(*words, *more))[1] for more in (("--plan=1",), ())]
+    assert sizes[0] == sizes[1] and float(sizes[0]) < 5         # GPT-2's vocabulary alone would be 12.9
 
 
 # ---- runs
